@@ -1,0 +1,1 @@
+"""Training and evaluation of SpectralAR: data, losses, metrics and one script a stage."""
