@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 
-# Read by torch, the Hub client, Gradio and matplotlib when they are imported, and by the processes tests start.
+# Read by torch, the Hub client, Gradio and matplotlib on import, and by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"
