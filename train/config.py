@@ -2,13 +2,15 @@
 
     config = load_config("fashion-mnist-32", ["train_tokenizer.lr=5e-4", "data.augment=[flip]"])
 
-A preset is a YAML file in ``train/configs`` (or any path) that sets only what differs from the defaults below.
+A preset is a YAML file in ``train/configs`` (or any path) that sets only what differs from the defaults.
 Keys, types and ranges are checked when the configuration is loaded, before anything slow has started.
 """
 
 import difflib
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +20,33 @@ from omegaconf.errors import OmegaConfBaseException
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 
-AUGMENTATIONS = ("flip", "shift", "crop")  # names that data.augment may hold; see train.data.augment
-MIXED_PRECISION = ("no", "bf16", "fp16")
-CODE_SOURCES = ("stored", "on-the-fly")
+# What the fields below may hold, by name; every other number must be above 0.
+CHOICES = {
+    "channels": (1, 3),
+    "augment": ("flip", "shift", "crop"),  # see train.data.augment
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "codes": ("stored", "on-the-fly"),
+}
+FRACTIONS = {"dropout", "label_dropout", "min_lr_ratio", "beta1", "beta2", "ema_decay", "revive_until"}
+MAY_BE_ZERO = {"limit", "seed", "warmup_steps", "weight_decay", "grad_clip", "quantizer_weight", "commitment",
+               "prefixes_per_step", "perceptual_weight"}
 
 
 @dataclass
 class DataConfig:
     """What to train on."""
 
-    source: str = "fashion-mnist"  # "fashion-mnist", a folder of class folders, Parquet (file, glob, folder) or a Hub id
-    root: str = ""  # folder of the Fashion-MNIST idx files; "" = $FASHION_MNIST_DIR, then the Debian package's folder
+    source: str = "fashion-mnist"  # or a folder of class folders, a Parquet file, glob or folder, a Hub id
+    root: str = ""  # folder of Fashion-MNIST's files; "" = $FASHION_MNIST_DIR, else where Debian has them
     image_size: int = 32  # side of the square images, pixels
     channels: int = 1  # 1 = grey, 3 = RGB
-    train_split: str = "train"  # name of the split to learn from
-    eval_split: str = "test"  # name of the split to measure on
+    train_split: str = "train"  # the split to learn from
+    eval_split: str = "test"  # the split to measure on; the same as train_split = hold out a tenth of that
     image_column: str = "image"  # column of the images (Parquet, Hub)
     label_column: str = "label"  # column of the class ids or names (Parquet, Hub)
     augment: list[str] = field(default_factory=list)  # any of "flip", "shift", "crop"; applied in this order
-    class_names: str = ""  # JSON file, raw class name -> readable name ("a, b", or a list: the first is taken)
-    limit: int = 0  # use only the first so many images of a split; 0 = all
+    class_names: str = ""  # JSON file, raw class name -> readable names ("a, b" or a list; the first counts)
+    limit: int = 0  # use only so many images of a split, a fixed random choice; 0 = all
 
 
 @dataclass
@@ -60,7 +69,7 @@ class TokenizerConfig:
 
 @dataclass
 class TransformerConfig:
-    """Shape of the autoregressive transformer. Vocabulary, length and classes come from tokenizer and data."""
+    """Shape of the transformer; vocabulary and length are the tokenizer's, classes the data's."""
 
     hidden_size: int = 192  # width
     num_layers: int = 6  # blocks
@@ -111,7 +120,7 @@ class TransformerStage(StageConfig):
     """Stage 2: next-token prediction."""
 
     label_dropout: float = 0.1  # probability of the null class, for classifier-free guidance
-    codes: str = "stored"  # "stored" = encode all images once; "on-the-fly" = encode augmented images each step
+    codes: str = "stored"  # "stored" = encode all images once; "on-the-fly" = encode at each step, augmented
 
 
 @dataclass
@@ -139,19 +148,19 @@ def load_config(preset: str, overrides: list[str] | None = None) -> Config:
         overrides: such as ``["train_tokenizer.lr=1e-3", "data.augment=[flip,crop]"]``.
 
     Raises:
-        ValueError: an unknown preset, a wrong key, type or value, in one sentence that says what would be right.
+        ValueError: an unknown preset, a wrong key, type or value; one sentence that says what would be right.
     """
     schema = OmegaConf.structured(Config)
-    merged = _merge(schema, _read_preset(preset), f"preset {preset!r}")
+    merged = _merge(schema, _read_preset(preset), f"Preset {preset!r}")
     for override in overrides or []:
         key, equals, _ = override.partition("=")
         if not equals or not key.strip():
-            raise ValueError(f"Override {override!r} is not of the form key=value, such as train_tokenizer.lr=1e-3.")
+            raise ValueError(f"Override {override!r} is not key=value, such as train_tokenizer.lr=1e-3.")
         try:
             parsed = OmegaConf.from_dotlist([override])
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ValueError(f"Override {override!r} cannot be read: {_first_line(error)}.") from error
-        merged = _merge(merged, parsed, f"override {override!r}")
+        merged = _merge(merged, parsed, f"Override {override!r}")
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -161,11 +170,11 @@ def load_config(preset: str, overrides: list[str] | None = None) -> Config:
 
 
 def save_config(config: Config, path: str | os.PathLike) -> None:
-    """Write `config` as YAML; `load_config(path)` gives an equal one. The file appears whole or not at all."""
+    """Write `config` as YAML, whole or not at all; `load_config(path)` gives an equal one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -176,62 +185,39 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 def check_config(config: Config) -> None:
     """Raise a `ValueError` that names the key, if a value is out of range or does not fit another one."""
-    data, tokenizer, transformer = config.data, config.tokenizer, config.transformer
-    for name in data.augment:
-        _check_choice("data.augment", name, AUGMENTATIONS)
-    _require(data.channels in (1, 3), f"data.channels is 1 (grey) or 3 (RGB), not {data.channels}.")
-    _require(data.limit >= 0, f"data.limit is 0 (all) or a number of images, not {data.limit}.")
-    _require(tokenizer.image_size == data.image_size and tokenizer.in_channels == data.channels,
-             "tokenizer.image_size and tokenizer.in_channels follow data.image_size and data.channels: set only those.")
-    for section, names in (
-        ("data", ("image_size",)),
-        ("tokenizer", ("patch_size", "num_tokens", "codebook_size", "codebook_dim", "hidden_size", "num_heads",
-                       "encoder_layers", "decoder_layers", "alpha", "mlp_ratio")),
-        ("transformer", ("hidden_size", "num_layers", "num_heads", "mlp_ratio")),
+    for key in _dotted_keys(Config):
+        section, _, name = key.rpartition(".")
+        _check_value(key, name, getattr(getattr(config, section), name) if section else getattr(config, name))
+    data, tokenizer = config.data, config.tokenizer
+    if (tokenizer.image_size, tokenizer.in_channels) != (data.image_size, data.channels):
+        raise ValueError("tokenizer.image_size and tokenizer.in_channels follow data.image_size and "
+                         "data.channels: set those.")
+    for divisor, number in (
+        ("tokenizer.patch_size", "data.image_size"),
+        ("tokenizer.num_heads", "tokenizer.hidden_size"),
+        ("transformer.num_heads", "transformer.hidden_size"),
+        ("train_tokenizer.grad_accumulation", "train_tokenizer.batch_size"),
+        ("train_transformer.grad_accumulation", "train_transformer.batch_size"),
     ):
-        for name in names:
-            _check_positive(f"{section}.{name}", getattr(getattr(config, section), name))
-    _require(data.image_size % tokenizer.patch_size == 0,
-             f"tokenizer.patch_size={tokenizer.patch_size} does not divide data.image_size={data.image_size}.")
-    for section, model in (("tokenizer", tokenizer), ("transformer", transformer)):
-        _require(model.hidden_size % model.num_heads == 0,
-                 f"{section}.num_heads={model.num_heads} does not divide {section}.hidden_size={model.hidden_size}.")
-    _check_fraction("transformer.dropout", transformer.dropout)
-    for section in ("train_tokenizer", "train_transformer"):
-        _check_stage(section, getattr(config, section))
-    _check_fraction("train_tokenizer.revive_until", config.train_tokenizer.revive_until)
-    _check_positive("train_tokenizer.revive_after", config.train_tokenizer.revive_after)
-    _check_fraction("train_transformer.label_dropout", config.train_transformer.label_dropout)
-    _check_choice("train_transformer.codes", config.train_transformer.codes, CODE_SOURCES)
+        small, large = attrgetter(divisor)(config), attrgetter(number)(config)
+        if large % small:
+            raise ValueError(f"{divisor}={small} does not divide {number}={large}.")
 
 
-def _check_stage(section: str, stage: StageConfig) -> None:
-    for name in ("batch_size", "lr", "steps", "grad_accumulation", "log_every", "sample_every", "eval_every",
-                 "checkpoint_every"):
-        _check_positive(f"{section}.{name}", getattr(stage, name))
-    for name in ("min_lr_ratio", "beta1", "beta2", "ema_decay"):
-        _check_fraction(f"{section}.{name}", getattr(stage, name))
-    _check_choice(f"{section}.mixed_precision", stage.mixed_precision, MIXED_PRECISION)
-    _require(stage.batch_size % stage.grad_accumulation == 0,
-             f"{section}.grad_accumulation={stage.grad_accumulation} does not divide "
-             f"{section}.batch_size={stage.batch_size}.")
-
-
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise ValueError(sentence)
-
-
-def _check_positive(key: str, value: float) -> None:
-    _require(value > 0, f"{key} must be greater than 0, not {value}.")
-
-
-def _check_fraction(key: str, value: float) -> None:
-    _require(0 <= value <= 1, f"{key} must lie between 0 and 1, not {value}.")
-
-
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{key} takes {', '.join(repr(c) for c in choices)}; {value!r} is none of them.")
+def _check_value(key: str, name: str, value: Any) -> None:
+    if name in CHOICES:
+        for item in value if isinstance(value, list) else [value]:
+            if item not in CHOICES[name]:
+                choices = ", ".join(map(repr, CHOICES[name]))
+                raise ValueError(f"{key} takes {choices}; {item!r} is none of them.")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        # Written so that nan fails too.
+        if name in FRACTIONS and not 0 <= value <= 1:
+            raise ValueError(f"{key} must lie between 0 and 1, not {value}.")
+        if name in MAY_BE_ZERO and not 0 <= value < math.inf:
+            raise ValueError(f"{key} must be 0 or more, not {value}.")
+        if name not in FRACTIONS | MAY_BE_ZERO and not 0 < value < math.inf:
+            raise ValueError(f"{key} must be above 0, not {value}.")
 
 
 def _read_preset(preset: str) -> DictConfig:
@@ -251,17 +237,18 @@ def _read_preset(preset: str) -> DictConfig:
 
 
 def _merge(base: DictConfig, extra: DictConfig, origin: str) -> DictConfig:
-    """Merge `extra` into a copy of `base`; wrong keys and types become a `ValueError` that names `origin`."""
+    """`base` changed by `extra`; wrong keys and types become a `ValueError` that starts with `origin`."""
     known = _dotted_keys(Config)
     for key in _flatten(OmegaConf.to_container(extra, resolve=False)):
         if key not in known:
-            raise ValueError(f"{origin[0].upper()}{origin[1:]} sets {key!r}, which does not exist: "
-                             f"{_suggestion(key, known)}.")
+            raise ValueError(f"{origin} sets {key!r}, {_suggestion(key, known)}")
     try:
         return OmegaConf.merge(base, extra)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{origin[0].upper()}{origin[1:]} has a value of the wrong type for {error.full_key}, "
-                         f"which is {known.get(error.full_key, 'a section')}: {_first_line(error)}.") from error
+        kind = known.get(error.full_key or "", "")
+        hint = f", in brackets: {error.full_key}=[a,b]" if kind.startswith("list") else ""
+        raise ValueError(f"{origin} has a wrong value for {error.full_key}, which takes {kind}{hint} "
+                         f"({_first_line(error)}).") from error
 
 
 def _dotted_keys(section: type, prefix: str = "") -> dict[str, str]:
@@ -284,18 +271,21 @@ def _flatten(tree: dict, prefix: str = "") -> list[str]:
 
 
 def _suggestion(key: str, known: dict[str, str]) -> str:
-    inside = [name for name in known if name.startswith(f"{key}.")]
-    if inside:
-        return f"it is a section, set one of {', '.join(inside)}"
-    # A right last part in the wrong section is the likelier slip, so it goes before mere likeness.
-    last = key.rpartition(".")[2]
-    near = [name for name in known if name.rpartition(".")[2] == last]
-    near += [name for name in difflib.get_close_matches(key, known, n=3, cutoff=0.6) if name not in near]
+    """What may have been meant by a wrong key, as the end of a sentence."""
+    below = [name for name in known if name.startswith(f"{key}.")]
+    if below:
+        return f"which is a section: set one of {', '.join(below)}."
+    section, _, last = key.rpartition(".")
+    # Likeliest first: a slip in the name, the right name in another section, a slip in another section.
+    inside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    near = [inside[name] for name in difflib.get_close_matches(last, inside, n=2, cutoff=0.6)]
     if not near:
-        tails = {name.rpartition(".")[2]: name for name in known}
-        near = [tails[tail] for tail in difflib.get_close_matches(last, tails, n=3, cutoff=0.6)]
-    return f"did you mean {' or '.join(near[:4])}?".rstrip("?") if near else "the sections are data, tokenizer, " \
-        "train_tokenizer, transformer and train_transformer"
+        lasts = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in known}, n=1, cutoff=0.6)
+        elsewhere = [name for name in known if name.rpartition(".")[2] in lasts]
+        near = difflib.get_close_matches(key, elsewhere, n=2, cutoff=0)
+    sections = ", ".join(item.name for item in fields(Config) if is_dataclass(item.type))
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the sections are {sections}."
+    return f"which does not exist: {hint}"
 
 
 def _first_line(error: Exception) -> str:

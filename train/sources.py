@@ -1,0 +1,280 @@
+"""Where images come from: each kind of source as one `Listing`, a list of images not yet decoded.
+
+Fashion-MNIST's idx files, folders of class folders, Parquet files, and what `datasets` loads from the Hub.
+"""
+
+import gzip
+import hashlib
+import io
+import os
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from .config import DataConfig
+
+if TYPE_CHECKING:
+    import datasets
+
+FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"  # of the Debian package dataset-fashion-mnist
+FASHION_MNIST_FILES = {"train": "train", "test": "t10k"}  # split: how its file names start
+FASHION_MNIST_CLASSES = [
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+]
+FASHION_MNIST_SIZE = 32  # 28 pixels and a black margin: unlike 28, patches of 8 or 16 pixels tile it
+HELD_OUT = 0.1  # share of each class kept for measuring, where a source has no split for that
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}  # hardly names of classes
+
+
+@dataclass
+class Listing:
+    """One split of a source, nothing decoded yet."""
+
+    open_image: Callable[[int], Image.Image]  # any exception, now or when it decodes, means a broken image
+    keys: list[str]  # (n,) names the images in reports
+    labels: np.ndarray  # (n,) int64, in 0..len(class_names)-1
+    class_names: list[str]  # the same for every split of a source
+    pixels: np.ndarray | None = None  # (n, h, w) uint8, if the source has them as they are, grey
+
+    def select(self, chosen: np.ndarray) -> "Listing":
+        """The images at the positions `chosen`, (m,) int64, in that order."""
+        return Listing(
+            lambda i: self.open_image(chosen[i]),
+            [self.keys[i] for i in chosen],
+            self.labels[chosen],
+            self.class_names,
+            None if self.pixels is None else self.pixels[chosen],
+        )
+
+
+def list_images(cfg: DataConfig, split: str) -> Listing:
+    """The images of split "train" or "eval".
+
+    Raises:
+        FileNotFoundError, ValueError: the source is missing or unfit; one sentence, and what would be right.
+    """
+    if cfg.source == "fashion-mnist":
+        return _fashion_mnist(cfg, split)
+    path = Path(cfg.source).expanduser()
+    if path.is_dir() and next(path.rglob("*.parquet"), None) is None:
+        return _class_folders(cfg, path, split)
+    if path.is_dir() or path.suffix == ".parquet" or "*" in cfg.source:
+        return _parquet(cfg, path, split)
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", cfg.source):
+        what = "is a file, but not Parquet" if path.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"data.source={cfg.source!r} {what}: give 'fashion-mnist', a folder of class folders, a Parquet "
+            "file, glob or folder, or a Hub id such as 'owner/name'."
+        )
+    return _split_of(cfg, split, lambda name: _load(cfg.source, split=name))
+
+
+def quoted(names: list[str], most: int = 8) -> str:
+    """'a', 'b' and 5 more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(name) for name in names[:most]) + more
+
+
+def _own_split(cfg: DataConfig, split: str) -> str:
+    return cfg.train_split if split == "train" else cfg.eval_split
+
+
+def _take_part(listing: Listing, split: str) -> Listing:
+    """Of images that training and evaluation have to share: a tenth of each class, one at least, for "eval".
+
+    Chosen by a hash of the key, so that adding images to a folder changes the place of few others.
+    """
+    digests = np.array([hashlib.sha1(key.encode()).digest()[:8] for key in listing.keys], "S8").view(">u8")
+    held_out = np.zeros(len(digests), bool)
+    for label in np.unique(listing.labels):
+        members = np.flatnonzero(listing.labels == label)
+        count = max(1, round(HELD_OUT * len(members))) if len(members) > 1 else 0
+        held_out[members[np.argsort(digests[members], kind="stable")[:count]]] = True
+    return listing.select(np.flatnonzero(held_out == (split == "eval")))
+
+
+# Fashion-MNIST --------------------------------------------------------------------------------------------
+
+
+def _fashion_mnist(cfg: DataConfig, split: str) -> Listing:
+    root = Path(cfg.root or os.environ.get("FASHION_MNIST_DIR") or FASHION_MNIST_DIR).expanduser()
+    name = _own_split(cfg, split)
+    if name not in FASHION_MNIST_FILES:
+        raise ValueError(f"Fashion-MNIST has the splits 'train' and 'test', not {name!r}.")
+    pixels = _read_idx(root, f"{FASHION_MNIST_FILES[name]}-images-idx3-ubyte", 3)  # (n, 28, 28)
+    labels = _read_idx(root, f"{FASHION_MNIST_FILES[name]}-labels-idx1-ubyte", 1)  # (n,)
+    if len(pixels) != len(labels):
+        raise ValueError(f"{root} holds {len(pixels)} images but {len(labels)} labels of split {name!r}.")
+    if cfg.image_size != pixels.shape[-1]:
+        margin = max(0, FASHION_MNIST_SIZE - pixels.shape[-1])
+        sides = (margin // 2, margin - margin // 2)
+        pixels = np.pad(pixels, ((0, 0), sides, sides))  # (n, 32, 32)
+    keys = [f"{name} {i}" for i in range(len(labels))]
+    labels = labels.astype(np.int64)
+    listing = Listing(lambda i: Image.fromarray(pixels[i]), keys, labels, FASHION_MNIST_CLASSES, pixels)
+    return _take_part(listing, split) if cfg.train_split == cfg.eval_split else listing
+
+
+def _read_idx(root: Path, name: str, dimensions: int) -> np.ndarray:
+    """A uint8 array out of an idx file, plain or gzipped."""
+    path = next((path for path in (root / name, root / f"{name}.gz") if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"Fashion-MNIST is not in {root}, which has no {name}(.gz): `apt-get install dataset-fashion-mnist`, "
+            "or set data.root to the folder of the four idx files."
+        )
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read ({error}): fetch it again.") from error
+    start = 4 + 4 * dimensions
+    shape = np.frombuffer(content[4:start].ljust(4 * dimensions, b"\0"), ">u4").astype(np.int64)
+    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != start + shape.prod():
+        raise ValueError(f"{path} is not a whole idx file of {dimensions} dimensions: fetch it again.")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+# Folders --------------------------------------------------------------------------------------------------
+
+
+def _class_folders(cfg: DataConfig, root: Path, split: str) -> Listing:
+    """ROOT/SPLIT/CLASS/**/image, or ROOT/CLASS/**/image."""
+    has_splits = (root / cfg.train_split).is_dir()
+    train_root = root / cfg.train_split if has_splits else root
+    own_root = root / _own_split(cfg, split) if has_splits else root
+    if not own_root.is_dir():
+        raise FileNotFoundError(
+            f"{root} has no folder {own_root.name!r} but {quoted(_folders(root))}: set data.eval_split to one of "
+            "them, or to the same as data.train_split to hold out a tenth of that."
+        )
+    class_names = _folders(train_root)  # the training split alone decides which classes there are
+    if not class_names:
+        raise ValueError(f"{train_root} has no class folders: put the images of a class in a folder of its name.")
+    if not has_splits and SPLIT_NAMES & {name.lower() for name in class_names}:
+        raise ValueError(
+            f"{root} has folders named like splits, {quoted(class_names)}, but not data.train_split="
+            f"{cfg.train_split!r}: set data.train_split and data.eval_split to their names."
+        )
+    unknown = sorted(set(_folders(own_root)) - set(class_names))
+    if unknown:
+        raise ValueError(f"{own_root} has classes that {train_root} has not: {quoted(unknown)}.")
+    suffixes = set(Image.registered_extensions())
+    paths, labels = [], []
+    for label, name in enumerate(class_names):
+        found = sorted(
+            path for path in (own_root / name).rglob("*")
+            if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+        )
+        paths += found
+        labels += [label] * len(found)
+    keys = [path.relative_to(own_root).as_posix() for path in paths]
+    listing = Listing(lambda i: Image.open(paths[i]), keys, np.array(labels, np.int64), class_names)
+    shared = not has_splits or cfg.train_split == cfg.eval_split
+    return _take_part(listing, split) if shared else listing
+
+
+def _folders(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+# Parquet and the Hub --------------------------------------------------------------------------------------
+
+
+def _parquet(cfg: DataConfig, path: Path, split: str) -> Listing:
+    """Files named like their split (train-00000-of-00005.parquet, train/0.parquet); otherwise one pool."""
+    pattern = str(path / "**" / "*.parquet") if path.is_dir() else str(path)
+    files = sorted(glob(pattern, recursive=True))
+    if not files:
+        raise FileNotFoundError(f"data.source={cfg.source!r}: there is no such Parquet file.")
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        place = Path(file).relative_to(path) if path.is_dir() else Path(Path(file).name)
+        for name in {place.parent.name, re.split(r"[-_.]", place.name)[0]} - {""}:
+            by_split.setdefault(name, []).append(file)
+    if not by_split.keys() & (SPLIT_NAMES | {cfg.train_split, cfg.eval_split}):
+        rows = _load("parquet", data_files=files, split="train")
+        return _take_part(_rows(cfg, rows, lambda: rows), split)
+    for key, name in (("train_split", cfg.train_split), ("eval_split", cfg.eval_split)):
+        if name not in by_split:
+            raise ValueError(
+                f"{cfg.source} has no Parquet files of data.{key}={name!r} but of {quoted(sorted(by_split))}; "
+                "where data.eval_split is the same as data.train_split, a tenth of it is held out."
+            )
+
+    def load(name: str) -> "datasets.Dataset":
+        # "train" is what the Parquet builder calls whatever it is given.
+        return _load("parquet", data_files=by_split[name], split="train")
+
+    return _split_of(cfg, split, load)
+
+
+def _split_of(cfg: DataConfig, split: str, load: Callable[[str], "datasets.Dataset"]) -> Listing:
+    own = load(_own_split(cfg, split))
+    listing = _rows(cfg, own, lambda: own if split == "train" else load(cfg.train_split))
+    return _take_part(listing, split) if cfg.train_split == cfg.eval_split else listing
+
+
+def _load(source: str, **arguments) -> "datasets.Dataset":
+    import datasets  # takes seconds, and Fashion-MNIST and folders do without
+
+    try:
+        return datasets.load_dataset(source, **arguments)
+    except Exception as error:  # each builder and each layer of the network raises kinds of its own
+        what = ", ".join(arguments.get("data_files", [source]))
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"`datasets` cannot load split {arguments['split']!r} of {what} ({type(error).__name__}: {reason}): "
+            "check data.source, data.train_split and data.eval_split."
+        ) from error
+
+
+def _rows(cfg: DataConfig, rows: "datasets.Dataset", load_train: Callable[[], "datasets.Dataset"]) -> Listing:
+    """Rows with an image (bytes or a path) and a class (ClassLabel, number or string)."""
+    import datasets
+
+    for key, column in (("image_column", cfg.image_column), ("label_column", cfg.label_column)):
+        if column not in rows.column_names:
+            have = quoted(rows.column_names)
+            raise ValueError(f"{cfg.source} has no column {column!r} but {have}: set data.{key}.")
+    try:
+        encoded = rows.cast_column(cfg.image_column, datasets.Image(decode=False)).data[cfg.image_column]
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"The column {cfg.image_column!r} of {cfg.source} holds no images but "
+            f"{rows.features[cfg.image_column]}: set data.image_column."
+        ) from error
+    values = rows[cfg.label_column][:]
+    feature = rows.features[cfg.label_column]
+    if isinstance(feature, datasets.ClassLabel):
+        class_names = feature.names
+        labels = [-1 if value is None else value for value in values]
+    elif isinstance(feature, datasets.Value):
+        # The training split alone decides which classes there are.
+        classes = sorted(set(load_train()[cfg.label_column][:]) - {None})
+        class_names = [str(value) for value in classes]
+        position = {value: i for i, value in enumerate(classes)}
+        labels = [position.get(value, -1) for value in values]
+    else:
+        raise ValueError(
+            f"The column {cfg.label_column!r} of {cfg.source} holds not one class an image but {feature}: set "
+            "data.label_column."
+        )
+    labels = np.array(labels, np.int64)
+    if (labels < 0).any():
+        raise ValueError(
+            f"{(labels < 0).sum()} of {len(labels)} images of {cfg.source} have no class that the training split "
+            "knows: choose another data.eval_split or data.label_column."
+        )
+
+    def open_image(i: int) -> Image.Image:
+        item = encoded[int(i)].as_py()  # straight from Arrow: a fifth of the time that rows[i] takes
+        return Image.open(io.BytesIO(item["bytes"]) if item["bytes"] is not None else item["path"])
+
+    return Listing(open_image, [f"row {i}" for i in range(len(labels))], labels, class_names)
