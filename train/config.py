@@ -278,7 +278,8 @@ def _suggestion(key: str, known: dict[str, str]) -> str:
     section, _, last = key.rpartition(".")
     # Likeliest first: a slip in the name, the right name in another section, a slip in another section.
     inside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
-    near = [inside[name] for name in difflib.get_close_matches(last, inside, n=2, cutoff=0.6)]
+    near = [name for name in known if key.startswith(f"{name}.")]  # a setting taken for a section
+    near = near or [inside[name] for name in difflib.get_close_matches(last, inside, n=2, cutoff=0.6)]
     if not near:
         lasts = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in known}, n=1, cutoff=0.6)
         elsewhere = [name for name in known if name.rpartition(".")[2] in lasts]

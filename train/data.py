@@ -49,7 +49,7 @@ def load_images(cfg: DataConfig, split: str) -> ImageSet:
     Args:
         cfg: where they are and what they become.
         split: "train" or "eval"; `cfg.train_split` and `cfg.eval_split` say what the source calls it. Where
-            both names are equal, or the source has no splits, a fixed tenth of each class is held out for "eval".
+            the two are equal, or the source has no splits, a fixed tenth of each class is kept for "eval".
 
     Raises:
         FileNotFoundError, ValueError: the source is missing or unfit; one sentence, and what would be right.
@@ -95,8 +95,8 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 def step_indices(n: int, batch_size: int, seed: int, step: int) -> torch.Tensor:
     """Which images one optimiser step takes, over all processes.
 
-    A pure function: a resumed run sees what it would have seen. Each epoch is a permutation of 0..n-1 of its own;
-    what does not fill a last batch is left out of that epoch.
+    A pure function: a resumed run sees what it would have seen. Each epoch is a permutation of 0..n-1 of its
+    own; what does not fill a last batch is left out of that epoch.
 
     Returns:
         (batch_size,) int64.
@@ -193,7 +193,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def _readable(names: list[str], mapping_file: str) -> list[str]:
-    """Class names through the JSON file of `DataConfig.class_names`; equal ones keep the raw name beside them."""
+    """Class names through the JSON file of `DataConfig.class_names`; equal ones keep the raw name too."""
     if not mapping_file:
         return list(names)
     try:
@@ -202,7 +202,7 @@ def _readable(names: list[str], mapping_file: str) -> list[str]:
         firsts = [(value.split(",") if isinstance(value, str) else value)[0].strip() for value in values]
     except (OSError, ValueError, AttributeError, TypeError, LookupError) as error:
         raise ValueError(
-            f"data.class_names={mapping_file!r} is not a JSON file such as {{\"n01443537\": \"goldfish\"}}: {error}."
+            f"data.class_names={mapping_file!r} is not a JSON file of raw and readable names ({error})."
         ) from error
     return [
         first if firsts.count(first) == 1 else f"{first} ({name})"
@@ -217,7 +217,7 @@ def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 def _shift(images: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Moves (B, C, H, W) images down and right by integers `offsets` (B, 2); what comes in repeats the edge."""
+    """Moves (B, C, H, W) images down and right by integers `offsets` (B, 2), repeating the edge."""
     height, width = images.shape[-2:]
     rows = (torch.arange(height, device=images.device) - offsets[:, :1]).clamp(0, height - 1)  # (B, H)
     columns = (torch.arange(width, device=images.device) - offsets[:, 1:]).clamp(0, width - 1)  # (B, W)

@@ -30,7 +30,7 @@ FASHION_MNIST_CLASSES = [
 ]
 FASHION_MNIST_SIZE = 32  # 28 pixels and a black margin: unlike 28, patches of 8 or 16 pixels tile it
 HELD_OUT = 0.1  # share of each class kept for measuring, where a source has no split for that
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}  # hardly names of classes
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}  # and hardly classes
 
 
 @dataclass
@@ -112,6 +112,8 @@ def _fashion_mnist(cfg: DataConfig, split: str) -> Listing:
     labels = _read_idx(root, f"{FASHION_MNIST_FILES[name]}-labels-idx1-ubyte", 1)  # (n,)
     if len(pixels) != len(labels):
         raise ValueError(f"{root} holds {len(pixels)} images but {len(labels)} labels of split {name!r}.")
+    if labels.max(initial=0) >= len(FASHION_MNIST_CLASSES):
+        raise ValueError(f"{root} holds labels up to {labels.max()}, not Fashion-MNIST's 0 to 9.")
     if cfg.image_size != pixels.shape[-1]:
         margin = max(0, FASHION_MNIST_SIZE - pixels.shape[-1])
         sides = (margin // 2, margin - margin // 2)
@@ -127,8 +129,8 @@ def _read_idx(root: Path, name: str, dimensions: int) -> np.ndarray:
     path = next((path for path in (root / name, root / f"{name}.gz") if path.is_file()), None)
     if path is None:
         raise FileNotFoundError(
-            f"Fashion-MNIST is not in {root}, which has no {name}(.gz): `apt-get install dataset-fashion-mnist`, "
-            "or set data.root to the folder of the four idx files."
+            f"Fashion-MNIST is not in {root}, which has no {name}(.gz): `apt-get install "
+            "dataset-fashion-mnist`, or set data.root to the folder of the four idx files."
         )
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -151,12 +153,12 @@ def _class_folders(cfg: DataConfig, root: Path, split: str) -> Listing:
     own_root = root / _own_split(cfg, split) if has_splits else root
     if not own_root.is_dir():
         raise FileNotFoundError(
-            f"{root} has no folder {own_root.name!r} but {quoted(_folders(root))}: set data.eval_split to one of "
-            "them, or to the same as data.train_split to hold out a tenth of that."
+            f"{root} has no folder {own_root.name!r} but {quoted(_folders(root))}: set data.eval_split to "
+            "one of these, or to the same as data.train_split to hold out a tenth."
         )
     class_names = _folders(train_root)  # the training split alone decides which classes there are
     if not class_names:
-        raise ValueError(f"{train_root} has no class folders: put the images of a class in a folder of its name.")
+        raise ValueError(f"{train_root} has no class folders: put the images of each class in its own.")
     if not has_splits and SPLIT_NAMES & {name.lower() for name in class_names}:
         raise ValueError(
             f"{root} has folders named like splits, {quoted(class_names)}, but not data.train_split="
@@ -189,8 +191,7 @@ def _folders(root: Path) -> list[str]:
 
 def _parquet(cfg: DataConfig, path: Path, split: str) -> Listing:
     """Files named like their split (train-00000-of-00005.parquet, train/0.parquet); otherwise one pool."""
-    pattern = str(path / "**" / "*.parquet") if path.is_dir() else str(path)
-    files = sorted(glob(pattern, recursive=True))
+    files = sorted(map(str, path.rglob("*.parquet")) if path.is_dir() else glob(str(path), recursive=True))
     if not files:
         raise FileNotFoundError(f"data.source={cfg.source!r}: there is no such Parquet file.")
     by_split: dict[str, list[str]] = {}
@@ -203,9 +204,10 @@ def _parquet(cfg: DataConfig, path: Path, split: str) -> Listing:
         return _take_part(_rows(cfg, rows, lambda: rows), split)
     for key, name in (("train_split", cfg.train_split), ("eval_split", cfg.eval_split)):
         if name not in by_split:
+            have = quoted(sorted(by_split))
             raise ValueError(
-                f"{cfg.source} has no Parquet files of data.{key}={name!r} but of {quoted(sorted(by_split))}; "
-                "where data.eval_split is the same as data.train_split, a tenth of it is held out."
+                f"{cfg.source} has no Parquet files of data.{key}={name!r} but of {have}: if data.eval_split "
+                "is the same as data.train_split, a tenth is held out."
             )
 
     def load(name: str) -> "datasets.Dataset":
@@ -227,11 +229,12 @@ def _load(source: str, **arguments) -> "datasets.Dataset":
     try:
         return datasets.load_dataset(source, **arguments)
     except Exception as error:  # each builder and each layer of the network raises kinds of its own
-        what = ", ".join(arguments.get("data_files", [source]))
-        reason = (str(error).splitlines() or [""])[0]
+        files = arguments.get("data_files")
+        what = quoted(files, 3) if files else f"{source!r} (no folder here, so taken for a Hub id)"
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(".")
         raise ValueError(
-            f"`datasets` cannot load split {arguments['split']!r} of {what} ({type(error).__name__}: {reason}): "
-            "check data.source, data.train_split and data.eval_split."
+            f"`datasets` cannot load split {arguments['split']!r} of {what}, {reason}: check data.source, "
+            "data.train_split and data.eval_split."
         ) from error
 
 
@@ -263,14 +266,14 @@ def _rows(cfg: DataConfig, rows: "datasets.Dataset", load_train: Callable[[], "d
         labels = [position.get(value, -1) for value in values]
     else:
         raise ValueError(
-            f"The column {cfg.label_column!r} of {cfg.source} holds not one class an image but {feature}: set "
-            "data.label_column."
+            f"The column {cfg.label_column!r} of {cfg.source} holds not one class an image but {feature}: "
+            "set data.label_column."
         )
     labels = np.array(labels, np.int64)
     if (labels < 0).any():
         raise ValueError(
-            f"{(labels < 0).sum()} of {len(labels)} images of {cfg.source} have no class that the training split "
-            "knows: choose another data.eval_split or data.label_column."
+            f"{(labels < 0).sum()} of {len(labels)} images of {cfg.source} have no class that the training "
+            "split knows: choose another data.eval_split or data.label_column."
         )
 
     def open_image(i: int) -> Image.Image:

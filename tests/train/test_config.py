@@ -1,0 +1,137 @@
+"""Presets, overrides, and what is said about a wrong one."""
+
+import dataclasses
+import json
+
+import pytest
+
+from train.config import Config, available_presets, check_config, config_to_dict, load_config, save_config
+
+
+def test_fashion_mnist_preset_holds_what_the_models_are_made_with():
+    config = load_config("fashion-mnist-32")
+    assert config.data.source == "fashion-mnist"
+    assert config.data.augment == ["shift"]
+    assert (config.tokenizer.image_size, config.tokenizer.in_channels) == (32, 1)
+    assert (config.tokenizer.num_tokens, config.tokenizer.codebook_size) == (32, 1024)
+    assert (config.train_tokenizer.steps, config.train_transformer.steps) == (16000, 12000)
+
+
+@pytest.mark.parametrize("preset", available_presets())
+def test_every_preset_loads(preset):
+    assert load_config(preset).name == preset
+
+
+def test_overrides_are_typed_and_the_last_one_counts():
+    overrides = ["train_tokenizer.lr=5e-4", "data.augment=[flip,crop]", "train_tokenizer.compile=true"]
+    config = load_config("fashion-mnist-32", [*overrides, "train_tokenizer.lr=1e-3"])
+    assert config.train_tokenizer.lr == 1e-3
+    assert config.data.augment == ["flip", "crop"]
+    assert config.train_tokenizer.compile is True
+    assert config.train_transformer.compile is False
+
+
+def test_tokenizer_follows_the_data():
+    config = load_config("fashion-mnist-32", ["data.image_size=64", "data.channels=3"])
+    assert (config.tokenizer.image_size, config.tokenizer.in_channels) == (64, 3)
+
+
+def test_preset_may_be_any_file_and_sets_only_what_differs(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\ndata:\n  image_size: 64\n")
+    config = load_config(str(path), ["name=yours"])
+    expected = Config(name="yours")
+    expected.data.image_size = config.tokenizer.image_size = 64
+    assert config.data == expected.data
+    assert config.name == "yours"
+
+
+def test_saved_config_loads_equal(tmp_path):
+    config = load_config("fashion-mnist-32", ["data.limit=7", "train_tokenizer.lr=3e-5", "data.root=a b #c"])
+    save_config(config, tmp_path / "run" / "config.yaml")
+    assert load_config(str(tmp_path / "run" / "config.yaml")) == config
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_config_to_dict_goes_through_json():
+    config = load_config("fashion-mnist-32")
+    tree = json.loads(json.dumps(config_to_dict(config)))
+    assert tree["data"]["augment"] == ["shift"]
+    assert set(tree) == {field.name for field in dataclasses.fields(Config)}
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("train_tokenizer.lrr=1", "did you mean train_tokenizer.lr?"),
+        ("transformer.droput=0", "did you mean transformer.dropout?"),
+        ("train_tokenizer.warmup=1", "did you mean train_tokenizer.warmup_steps?"),
+        ("tokenizer.lr=1", "did you mean train_tokenizer.lr or train_transformer.lr?"),
+        ("image_size=64", "did you mean data.image_size or tokenizer.image_size?"),
+        ("data=64", "is a section: set one of data.source, "),
+        ("data.root.path=here", "did you mean data.root?"),
+        ("zzz.zzz=1", "the sections are data, tokenizer, train_tokenizer, transformer, train_transformer."),
+    ],
+)
+def test_wrong_key_names_the_right_one(override, suggestion):
+    with pytest.raises(ValueError) as caught:
+        load_config("fashion-mnist-32", [override])
+    assert suggestion in str(caught.value)
+    assert override in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("data.image_size=big", "data.image_size, which takes int"),
+        ("data.image_size=1.5", "data.image_size, which takes int"),
+        ("data.augment=flip", "data.augment=[a,b]"),
+        ("train_tokenizer.compile=perhaps", "train_tokenizer.compile, which takes bool"),
+        ("data.augment=[flop]", "'flip', 'shift', 'crop'; 'flop' is none of them"),
+        ("train_transformer.mixed_precision=fp8", "'no', 'bf16', 'fp16'; 'fp8' is none of them"),
+        ("train_transformer.codes=later", "train_transformer.codes"),
+        ("data.channels=2", "data.channels takes 1, 3"),
+        ("train_tokenizer.lr=0", "train_tokenizer.lr must be above 0"),
+        ("train_tokenizer.lr=nan", "train_tokenizer.lr must be above 0"),
+        ("train_tokenizer.warmup_steps=-1", "train_tokenizer.warmup_steps must be 0 or more"),
+        ("transformer.dropout=1.5", "transformer.dropout must lie between 0 and 1"),
+        ("tokenizer.num_heads=5", "tokenizer.num_heads=5 does not divide tokenizer.hidden_size=144"),
+        ("data.image_size=28", "tokenizer.patch_size=8 does not divide data.image_size=28"),
+        ("train_tokenizer.grad_accumulation=3", "does not divide train_tokenizer.batch_size=64"),
+        ("tokenizer.image_size=64", "follow data.image_size"),
+        ("train_tokenizer.lr", "is not key=value"),
+        ("name=[1", "cannot be read"),
+        ("name=${nowhere}", "'nowhere' not found"),
+    ],
+)
+def test_wrong_value_is_one_sentence_that_names_the_key(override, named):
+    with pytest.raises(ValueError) as caught:
+        load_config("fashion-mnist-32", [override])
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_may_be_zero_may():
+    config = load_config("fashion-mnist-32")
+    for key in ("warmup_steps", "weight_decay", "grad_clip", "seed"):
+        setattr(config.train_tokenizer, key, 0)
+    config.transformer.dropout = config.data.limit = 0
+    check_config(config)
+
+
+def test_unknown_preset_names_those_there_are():
+    with pytest.raises(ValueError, match="no preset 'fashion'.*fashion-mnist-32"):
+        load_config("fashion")
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [("- 1\n", "sections"), ("data: {\n", "not a valid YAML"), ("dta:\n  limit: 3\n", "mean data.limit")],
+)
+def test_wrong_preset_file_is_named(tmp_path, content, named):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=named) as caught:
+        load_config(str(path))
+    assert "mine.yaml" in str(caught.value)
