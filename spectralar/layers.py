@@ -1,0 +1,139 @@
+"""Transformer parts shared by the tokenizer and the autoregressive model: attention, MLP, blocks, KV cache."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class KVCache:
+    """Static key/value buffers of a whole stack: one pair (B, heads, max_len, head_dim) a layer.
+
+    Allocated once before the token loop, written in place: no allocation a token, and fixed addresses, so that
+    a step can be captured as a CUDA graph.
+    """
+
+    def __init__(
+        self, num_layers: int, batch: int, num_heads: int, max_len: int, head_dim: int, like: Tensor
+    ) -> None:
+        shape = (num_layers, batch, num_heads, max_len, head_dim)
+        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+    def write(self, layer: int, position: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores key, value (B, heads, T, head_dim) from `position` on; returns all that is filled so far."""
+        end = position + key.shape[2]
+        self.keys[layer, :, :, position:end] = key
+        self.values[layer, :, :, position:end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Multi-head attention in three separable steps, so that callers can share or cache keys and values.
+
+    `qkv` projects, `attend` mixes, `out` projects back. With `qk_norm`, queries and keys are normalised per head
+    (RMS norm with a learned gain), which keeps the logits bounded in low precision (Dehghani et al., 2023).
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads}.")
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.to_out = nn.Linear(hidden_size, hidden_size)
+        self.norm_q = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
+        self.norm_k = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> queries, keys, values, each (B, heads, T, head_dim)."""
+        batch, length, _ = x.shape
+        qkv = self.to_qkv(x).view(batch, length, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.norm_q is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        return q, k, v
+
+    def out(self, mixed: Tensor) -> Tensor:
+        """(B, heads, T, head_dim) -> (B, T, D)."""
+        return self.to_out(mixed.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Self-attention over x (B, T, D); `mask` is True where attention is allowed, broadcast to (B, heads, T, T)."""
+        q, k, v = self.qkv(x)
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal))
+
+
+class MLP(nn.Module):
+    """Linear, GELU, linear. The exact GELU: on CPUs it is twice as fast as the tanh form, forward and backward."""
+
+    def __init__(self, hidden_size: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        inner = int(hidden_size * mlp_ratio)
+        self.up = nn.Linear(hidden_size, inner)
+        self.down = nn.Linear(inner, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm ViT block: x + attn(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.mlp = MLP(hidden_size, mlp_ratio)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class AdaLNBlock(nn.Module):
+    """Pre-norm block modulated by the class (adaLN-zero of DiT, Peebles & Xie 2023):
+
+        x + g1 * attn((1 + s1) * norm(x) + b1), then the same with (s2, b2, g2) around the MLP.
+
+    The six vectors come in from outside: they are constant for a class, so the caller computes them once a
+    sample instead of once a token.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads, qk_norm=True)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = MLP(hidden_size, mlp_ratio)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, cache: KVCache | None = None, layer: int = 0, position: int = 0
+    ) -> Tensor:
+        """x (B, T, D), modulation (B, 6, D). With a cache, x holds the tokens from `position` on.
+
+        T tokens at position 0, or one token anywhere: attention is causal in both.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(2).unbind(1)  # each (B, 1, D)
+        q, k, v = self.attn.qkv(torch.addcmul(shift1, self.norm1(x), 1 + scale1))
+        if cache is not None:
+            k, v = cache.write(layer, position, k, v)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+        x = x + gate1 * self.dropout(self.attn.out(mixed))
+        hidden = self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
+        return x + gate2 * self.dropout(hidden)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal 0.02 for linear and embedding weights, zero biases (ViT, DiT, VAR)."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Embedding):
+            nn.init.trunc_normal_(m.weight, std=0.02)

@@ -1,0 +1,159 @@
+"""Vector quantization with a cosine codebook, and the revival of entries that no image uses."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class QuantizerOutput(NamedTuple):
+    quantized: Tensor  # (B, N, d) unit vectors, straight-through to the latents
+    codes: Tensor  # (B, N) int64
+    codebook_loss: Tensor  # scalar: entries towards latents
+    commitment_loss: Tensor  # scalar: latents towards entries
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest codebook entry by cosine similarity (ViT-VQGAN, Yu et al. 2022, section 3.2).
+
+    Latents and entries are l2-normalised, so the nearest entry in angle is the nearest in distance. The look-up
+    runs in float32 or better whatever the weights' type: bfloat16 ties would make codes depend on the hardware.
+
+    Args:
+        codebook_size: number of entries K.
+        codebook_dim: dimension d of an entry, 12 to 16 works well; high dimensions leave entries unused.
+        codebook_sizes: nested codebooks (arXiv 2605.06207): position t uses only the first K_t entries. None: all.
+    """
+
+    def __init__(
+        self, codebook_size: int, codebook_dim: int, codebook_sizes: list[int] | tuple[int, ...] | None = None
+    ) -> None:
+        super().__init__()
+        if codebook_sizes is not None and not all(1 <= size <= codebook_size for size in codebook_sizes):
+            raise ValueError(f"codebook_sizes must lie between 1 and codebook_size ({codebook_size}).")
+        self.codebook_size = codebook_size
+        self.codebook_sizes = None if codebook_sizes is None else tuple(codebook_sizes)
+        self.codebook = nn.Parameter(F.normalize(torch.randn(codebook_size, codebook_dim), dim=-1))
+
+    def _unit_entries(self) -> Tensor:
+        return F.normalize(self._at_least_float32(self.codebook), dim=-1)
+
+    @staticmethod
+    def _at_least_float32(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.float()
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Entries of codes (..., ) int64 -> unit vectors (..., d)."""
+        return F.normalize(self._at_least_float32(F.embedding(codes, self.codebook)), dim=-1).to(self.codebook.dtype)
+
+    def encode(self, latents: Tensor) -> Tensor:
+        """Codes (B, n) of latents (B, n, d), the first n positions of the sequence."""
+        with torch.autocast(latents.device.type, enabled=False):
+            entries = self._unit_entries().to(torch.promote_types(latents.dtype, torch.float32))
+            similarity = F.normalize(latents.to(entries.dtype), dim=-1) @ entries.mT  # (B, n, K)
+        if self.codebook_sizes is not None:
+            sizes = torch.tensor(self.codebook_sizes[: latents.shape[1]], device=latents.device)
+            allowed = torch.arange(self.codebook_size, device=latents.device) < sizes[:, None]  # (n, K)
+            similarity = similarity.masked_fill(~allowed, -torch.inf)
+        return similarity.argmax(dim=-1)
+
+    def forward(self, latents: Tensor) -> QuantizerOutput:
+        """Quantizes latents (B, n, d) with straight-through gradients."""
+        with torch.autocast(latents.device.type, enabled=False):
+            unit = F.normalize(self._at_least_float32(latents), dim=-1)
+            codes = self.encode(unit.detach())
+            entries = F.normalize(self._at_least_float32(F.embedding(codes, self.codebook)), dim=-1)
+            return QuantizerOutput(
+                quantized=unit + (entries - unit).detach(),
+                codes=codes,
+                codebook_loss=(entries - unit.detach()).square().sum(-1).mean(),
+                commitment_loss=(unit - entries.detach()).square().sum(-1).mean(),
+            )
+
+
+class CodebookRevival:
+    """Moves entries that have not been used for a while onto latents of the current batch.
+
+    Kept apart from the module: it belongs to training, and its counters go into checkpoints, not into the model.
+    Under data parallelism every process sees the gathered codes and latents and draws from an equally seeded
+    generator, so all make the same move, and the same as one process with the whole batch.
+
+    Args:
+        quantizer: the quantizer to watch.
+        patience: steps without use after which an entry is revived.
+        seed: seed of the choice among latents, combined with the step.
+    """
+
+    def __init__(self, quantizer: VectorQuantizer, patience: int = 100, seed: int = 0) -> None:
+        self.quantizer = quantizer
+        self.patience = patience
+        self.seed = seed
+        self.idle_steps = torch.zeros(quantizer.codebook_size, dtype=torch.long)
+
+    @torch.no_grad()
+    def update(self, codes: Tensor, latents: Tensor, step: int, revive: bool = True) -> int:
+        """Counts the use in this step; with `revive`, replaces dead entries. Returns how many were replaced.
+
+        codes (B, n), latents (B, n, d): this process's part of the batch; equal shapes on all processes.
+        """
+        codes = _gather(codes.flatten())
+        # All that is needed is a yes or no for each entry: bincount would wait for the device.
+        used = torch.zeros(self.quantizer.codebook_size, dtype=torch.bool, device=codes.device)
+        used[codes] = True
+        self.idle_steps = torch.where(used, 0, self.idle_steps.to(codes.device) + 1)
+        if not revive:
+            return 0
+        dead = (self.idle_steps >= self.patience).nonzero().flatten()
+        if dead.numel() == 0:
+            return 0
+        positions = torch.arange(latents.shape[1], device=latents.device).expand(latents.shape[:2]).flatten()
+        pool, positions = _gather(latents.flatten(0, 1).float()), _gather(positions)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        if self.quantizer.codebook_sizes is None:
+            order = torch.randperm(pool.shape[0], generator=generator)[: dead.numel()]
+            dead = dead[: order.numel()]
+            chosen = pool[order.to(pool.device)]
+        else:
+            # An entry is revived only onto a latent of a position that may use it.
+            sizes = torch.tensor(self.quantizer.codebook_sizes, device=positions.device)[positions].cpu()
+            picks = []
+            for entry in dead.tolist():
+                candidates = (sizes > entry).nonzero().flatten()
+                picks.append(candidates[torch.randint(candidates.numel(), (), generator=generator)])
+            chosen = pool[torch.stack(picks).to(pool.device)]
+        codebook = self.quantizer.codebook
+        codebook.data[dead.to(codebook.device)] = F.normalize(chosen, dim=-1).to(codebook)
+        self.idle_steps[dead] = 0
+        return dead.numel()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"idle_steps": self.idle_steps}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.idle_steps = state["idle_steps"].clone()
+
+
+def _gather(x: Tensor) -> Tensor:
+    """Concatenates x over processes in rank order along the first axis; x itself in a single process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def codebook_statistics(codes: Tensor, codebook_size: int) -> dict[str, float]:
+    """Perplexity exp(entropy) and the share of entries used, of codes of any shape.
+
+    Both are biased low when there are not many more codes than entries: measure on thousands of images.
+    """
+    counts = torch.bincount(codes.flatten(), minlength=codebook_size).double()
+    p = counts / counts.sum().clamp(min=1)
+    return {
+        "perplexity": float(torch.exp(torch.special.entr(p).sum())),
+        "usage": float((counts > 0).double().mean()),
+    }

@@ -1,0 +1,164 @@
+"""The spectral ground floor: DCT, cutoff schedule, nested square masks, band limiting, radial spectra.
+
+Conventions (all functions): an image is x in [-1, 1]^(..., C, H, H); its spectrum is the orthonormal DCT-II
+X = D x D^T over the last two axes, so Parseval holds with factor one: ||x||² = ||X||². Coefficient (u, v) belongs
+to a prefix with cutoff r when max(u, v) < r. Half-precision input is computed in float32 and cast back, also
+under autocast: bfloat16 keeps 8 bits, far too few for the small coefficients at high frequencies.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=32)
+def _dct_matrix_cpu(size: int) -> Tensor:
+    n = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(math.pi / size * (n[None, :] + 0.5) * n[:, None]) * math.sqrt(2.0 / size)
+    matrix[0] /= math.sqrt(2.0)
+    return matrix
+
+
+@lru_cache(maxsize=64)
+def _dct_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Cached outside inference mode: a tensor made inside it could never be saved for backward later.
+    with torch.inference_mode(False):
+        return _dct_matrix_cpu(size).to(device=device, dtype=dtype)
+
+
+def dct_matrix(size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+    """Orthonormal DCT-II matrix D (H, H): D @ D.T = 1, row u is the cosine of frequency u."""
+    return _dct_matrix(size, dtype, torch.device(device))
+
+
+def _separable(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """left @ x @ right over the last two axes, never below float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.matmul(torch.matmul(left, x), right)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def dct2(x: Tensor) -> Tensor:
+    """Orthonormal 2D DCT-II over the last two axes: (..., H, W) -> (..., H, W)."""
+    dtype = _compute_dtype(x)
+    rows, columns = (dct_matrix(n, dtype, x.device) for n in x.shape[-2:])
+    return _separable(x.to(dtype), rows, columns.mT).to(x.dtype)
+
+
+def idct2(spectrum: Tensor) -> Tensor:
+    """Inverse of `dct2`: (..., H, W) -> (..., H, W)."""
+    dtype = _compute_dtype(spectrum)
+    rows, columns = (dct_matrix(n, dtype, spectrum.device) for n in spectrum.shape[-2:])
+    return _separable(spectrum.to(dtype), rows.mT, columns).to(spectrum.dtype)
+
+
+def cutoff_schedule(image_size: int, num_tokens: int, alpha: float = 1.5) -> tuple[int, ...]:
+    """Cutoffs (r_1, ..., r_N) of the N prefixes, DESIGN section 2.
+
+    r_k = min(H, max(1, round(H * (k / N) ** alpha))). alpha > 1 spends more tokens on the low frequencies (the
+    paper's non-uniform token-frequency mapping); alpha = 0.5 opens about equally many coefficients a token.
+    Non-decreasing, ties allowed, r_N = H.
+
+    Raises:
+        ValueError: if a size is not positive or alpha is not a positive finite number.
+    """
+    if image_size < 1 or num_tokens < 1:
+        raise ValueError(f"image_size and num_tokens must be at least 1, got {image_size} and {num_tokens}.")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha must be a positive number, got {alpha}.")
+    return tuple(
+        min(image_size, max(1, round(image_size * (k / num_tokens) ** alpha))) for k in range(1, num_tokens + 1)
+    )
+
+
+def bands(cutoffs: tuple[int, ...] | list[int]) -> list[tuple[int, int]]:
+    """Band (r_(k-1), r_k) opened by each token, as half-open ranges of max(u, v); empty where cutoffs tie."""
+    return list(zip((0, *cutoffs[:-1]), cutoffs, strict=True))
+
+
+def square_frequency(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """max(u, v) of every coefficient: (H, H) int64."""
+    n = torch.arange(size, device=device)
+    return torch.maximum(n[:, None], n[None, :])
+
+
+def square_mask(size: int, cutoff: int | Tensor, device: torch.device | str | None = None) -> Tensor:
+    """M_k: True where max(u, v) < cutoff. An int gives (H, H); a tensor of shape S gives (*S, H, H)."""
+    if not isinstance(cutoff, Tensor):
+        return square_frequency(size, device or "cpu") < cutoff
+    return square_frequency(size, cutoff.device) < cutoff[..., None, None]
+
+
+def low_pass(x: Tensor, cutoff: int | Tensor) -> Tensor:
+    """Ideal low-pass IDCT(M * DCT(x)) with a square mask.
+
+    Args:
+        x: images (..., C, H, H).
+        cutoff: an int, or integers whose shape broadcasts against x's leading axes (..., without C, H, H).
+    """
+    # D^T diag(u < r) D is applied once a side: the square mask is a product of two one-dimensional ones.
+    size = x.shape[-1]
+    dtype = _compute_dtype(x)
+    matrix = dct_matrix(size, dtype, x.device)
+    if isinstance(cutoff, Tensor):
+        keep = torch.arange(size, device=x.device) < cutoff.to(x.device)[..., None]  # (..., H)
+        projector = (matrix.mT * keep[..., None, :].to(dtype)) @ matrix  # (..., H, H)
+        projector = projector.unsqueeze(-3)  # (..., 1, H, H), over channels
+    else:
+        kept = matrix[: max(0, int(cutoff))]
+        projector = kept.mT @ kept  # (H, H)
+    return _separable(x.to(dtype), projector, projector).to(x.dtype)
+
+
+def nested_targets(x: Tensor, cutoffs: tuple[int, ...] | list[int] | Tensor) -> Tensor:
+    """The ideal low-passes x_k of each image: (B, C, H, H) and S cutoffs -> (B, S, C, H, H)."""
+    cutoffs = torch.as_tensor(cutoffs, device=x.device)
+    return low_pass(x.unsqueeze(1), cutoffs[None])
+
+
+def band_pass(x: Tensor, low: int, high: int) -> Tensor:
+    """The part of x with low <= max(u, v) < high: (..., H, H) -> (..., H, H)."""
+    return low_pass(x, high) - low_pass(x, low)
+
+
+def radial_frequency(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Radial bin round(sqrt(u² + v²)) of every coefficient: (H, H) int64, 0 .. round(sqrt(2) (H - 1))."""
+    n = torch.arange(size, device=device, dtype=torch.float32)
+    return torch.sqrt(n[:, None] ** 2 + n[None, :] ** 2).round().long()
+
+
+def radial_power_spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean DCT power in each ring of radial frequency, averaged over channels.
+
+    Args:
+        x: images (..., C, H, H).
+
+    Returns:
+        frequency (F,) int64 in half-cycles per image, and power (..., F), F = round(sqrt(2) (H - 1)) + 1.
+    """
+    size = x.shape[-1]
+    ring = radial_frequency(size, x.device).flatten()
+    count = torch.bincount(ring).clamp(min=1)
+    energy = dct2(x.to(_compute_dtype(x))).square().mean(dim=-3).flatten(-2)  # (..., H*H)
+    power = torch.zeros(*energy.shape[:-1], count.numel(), dtype=energy.dtype, device=x.device)
+    power.index_add_(-1, ring, energy)
+    return torch.arange(count.numel(), device=x.device), power / count
+
+
+def band_energy(x: Tensor, cutoffs: tuple[int, ...] | list[int]) -> Tensor:
+    """Energy ||.||² in the band each token opens, summed over channels: (..., C, H, H) -> (..., N)."""
+    energy = dct2(x.to(_compute_dtype(x))).square().sum(dim=-3).flatten(-2)  # (..., H*H)
+    frequency = square_frequency(x.shape[-1], x.device).flatten()
+    edges = torch.as_tensor(cutoffs, device=x.device)
+    # First k with r_k > frequency: empty bands (ties) are passed over and keep zero energy.
+    band = torch.searchsorted(edges, frequency, right=True)
+    inside = band < len(cutoffs)
+    out = torch.zeros(*energy.shape[:-1], len(cutoffs), dtype=energy.dtype, device=x.device)
+    return out.index_add_(-1, band[inside], energy[..., inside])

@@ -1,0 +1,297 @@
+"""SpectralTokenizer: image -> N spectral tokens, any prefix of them -> band-limited image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from .layers import Block, KVCache, init_weights
+from .quantizer import QuantizerOutput, VectorQuantizer
+from .spectral import cutoff_schedule, low_pass
+
+# One key/value pair (B, heads, k, head_dim) for each decoder layer.
+LayerKV = list[tuple[Tensor, Tensor]]
+
+
+@lru_cache(maxsize=32)
+def encoder_mask(num_patches: int, num_tokens: int, device: torch.device) -> Tensor:
+    """(P + n, P + n), True where the row may look: patches at patches, token i at patches and tokens j <= i."""
+    size = num_patches + num_tokens
+    with torch.inference_mode(False):
+        mask = torch.ones(size, size, dtype=torch.bool, device=device)
+        mask[:, num_patches:] = False
+        mask[num_patches:, num_patches:] = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
+        return mask
+
+
+class SpectralTokenizer(ModelMixin, ConfigMixin):
+    r"""Nested spectral tokenizer (SpectralAR, arXiv 2506.10962; DESIGN section 3).
+
+    The encoder is a ViT over [P patches | n learned queries], the quantizer a cosine codebook, the decoder a ViT
+    over [P mask tokens | k spectral tokens]. Spectral tokens are causal in both, so token k depends on no later
+    one, and the keys and values of decoder tokens are computed once and serve every prefix length.
+
+    Args:
+        image_size: side H of the square images, a multiple of `patch_size`.
+        in_channels: C, 1 (grey) or 3 (RGB).
+        patch_size: side of a patch.
+        num_tokens: N spectral tokens an image.
+        alpha: exponent of the cutoff schedule, see `spectral.cutoff_schedule`.
+        codebook_size: K entries.
+        codebook_dim: dimension d of an entry.
+        codebook_sizes: nested codebooks, K_t for each position; None uses all K everywhere.
+        hidden_size, num_heads, encoder_layers, decoder_layers, mlp_ratio: size of the two ViTs.
+    """
+
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: int = 32,
+        in_channels: int = 1,
+        patch_size: int = 8,
+        num_tokens: int = 32,
+        alpha: float = 1.5,
+        codebook_size: int = 1024,
+        codebook_dim: int = 12,
+        codebook_sizes: list[int] | None = None,
+        hidden_size: int = 144,
+        num_heads: int = 4,
+        encoder_layers: int = 4,
+        decoder_layers: int = 4,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"image_size {image_size} must be a multiple of patch_size {patch_size}.")
+        if codebook_sizes is not None and len(codebook_sizes) != num_tokens:
+            raise ValueError(f"codebook_sizes needs one size for each of the {num_tokens} tokens.")
+        self.cutoffs = cutoff_schedule(image_size, num_tokens, alpha)
+        self.num_patches = (image_size // patch_size) ** 2
+        patch_dim = in_channels * patch_size**2
+
+        self.patch_embed = nn.Linear(patch_dim, hidden_size)
+        self.patch_position = nn.Parameter(torch.empty(self.num_patches, hidden_size))
+        self.queries = nn.Parameter(torch.empty(num_tokens, hidden_size))
+        self.encoder = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(encoder_layers))
+        self.encoder_norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.to_latent = nn.Linear(hidden_size, codebook_dim)
+
+        self.quantizer = VectorQuantizer(codebook_size, codebook_dim, codebook_sizes)
+
+        self.from_latent = nn.Linear(codebook_dim, hidden_size)
+        self.token_position = nn.Parameter(torch.empty(num_tokens, hidden_size))
+        self.mask_tokens = nn.Parameter(torch.empty(self.num_patches, hidden_size))
+        self.decoder = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(decoder_layers))
+        self.decoder_norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.to_pixels = nn.Linear(hidden_size, patch_dim)
+        # Removes the seams between patches: a 3x3 residual pair, an identity at the start.
+        self.seam_conv = nn.Sequential(
+            nn.Conv2d(in_channels, 16, 3, padding=1), nn.GELU(), nn.Conv2d(16, in_channels, 3, padding=1)
+        )
+        self._init_parameters()
+
+    def _init_parameters(self) -> None:
+        init_weights(self)
+        for parameter in (self.patch_position, self.queries, self.token_position, self.mask_tokens):
+            nn.init.normal_(parameter, std=0.02)
+        # Entries are unit vectors of dimension d: this scale gives spectral tokens the size of their positions.
+        nn.init.normal_(self.from_latent.weight, std=0.2)
+        nn.init.zeros_(self.seam_conv[-1].weight)
+        nn.init.zeros_(self.seam_conv[-1].bias)
+
+    # ------------------------------------------------------------------------------------------------ encode
+
+    def latents(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
+        """Continuous latents before quantization: images (B, C, H, H) in [-1, 1] -> (B, n, d)."""
+        n = self._prefix_length(num_tokens)
+        batch, patch = images.shape[0], self.config.patch_size
+        grid = self.config.image_size // patch
+        x = images.reshape(batch, -1, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
+        x = self.patch_embed(x.reshape(batch, self.num_patches, -1).to(self.patch_embed.weight.dtype))  # (B, P, D)
+        x = x + self.patch_position
+        x = torch.cat([x, self.queries[:n].expand(batch, -1, -1).to(x.dtype)], dim=1)  # (B, P + n, D)
+        mask = encoder_mask(self.num_patches, n, x.device)
+        for block in self.encoder:
+            x = block(x, mask)
+        return self.to_latent(self.encoder_norm(x[:, self.num_patches :]))  # (B, n, d)
+
+    def encode(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
+        """Codes (B, n) int64 of images (B, C, H, H) in [-1, 1], n = `num_tokens` (default N).
+
+        Raises:
+            ValueError: if the images have another shape than the model's, or n is not in 1..N.
+        """
+        expected = (self.config.in_channels, self.config.image_size, self.config.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images must have shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}.")
+        return self.quantizer.encode(self.latents(images, num_tokens))
+
+    # ------------------------------------------------------------------------------------------------ decode
+
+    def decode(self, codes: Tensor, num_tokens: int | Tensor | Sequence[int] | None = None) -> Tensor:
+        """Images of a prefix of the codes, band-limited to the prefix's cutoff.
+
+        Args:
+            codes: (B, n) int64 in 0..K-1, n <= N.
+            num_tokens: prefix length k. An int (default n): one length for all images. A tensor (B,): one length
+                an image. A list of S ints: every image at each of these lengths, tokens computed once for all.
+
+        Returns:
+            (B, C, H, H), or (B, S, C, H, H) for a list; not clamped.
+
+        Raises:
+            ValueError: if codes or prefix lengths are out of range.
+        """
+        self._check_codes(codes)
+        available = codes.shape[1]
+        if num_tokens is None or isinstance(num_tokens, int):
+            k = self._prefix_length(available if num_tokens is None else num_tokens, available)
+            kv = self._token_kv(self._embed(codes[:, :k]))
+            return self._render(kv, self._cutoff_tensor([k], codes.device).squeeze(0))[:, 0]
+        if isinstance(num_tokens, Tensor):
+            if num_tokens.shape != (codes.shape[0],):
+                raise ValueError(f"a tensor of prefix lengths must have shape ({codes.shape[0]},), one an image.")
+            lengths = num_tokens.to(codes.device).unsqueeze(1)  # (B, 1)
+            largest = self._check_lengths(num_tokens.tolist(), available)
+        else:
+            lengths = torch.as_tensor(list(num_tokens), device=codes.device)  # (S,)
+            largest = self._check_lengths(list(num_tokens), available)
+        images = self.decode_latents(self.quantizer.lookup(codes[:, :largest]), lengths)
+        return images[:, 0] if isinstance(num_tokens, Tensor) else images
+
+    def decode_latents(self, quantized: Tensor, lengths: Tensor) -> Tensor:
+        """Differentiable decode of quantized latents (B, n, d) at lengths (S,) or (B, S) -> (B, S, C, H, H)."""
+        kv = self._token_kv(self._embed_latents(quantized))
+        visible = torch.arange(quantized.shape[1], device=quantized.device) < lengths[..., None]  # (..., S, n)
+        return self._render(kv, self._cutoff_tensor(lengths, quantized.device), visible)
+
+    def prefix_decoder(self, batch_size: int) -> PrefixDecoder:
+        """A decoder that takes tokens as they arrive, for streaming."""
+        return PrefixDecoder(self, batch_size)
+
+    def forward(self, images: Tensor, lengths: Tensor) -> tuple[Tensor, QuantizerOutput, Tensor]:
+        """Training pass: reconstructions (B, S, C, H, H) at lengths (S,) or (B, S), quantizer output, latents."""
+        latents = self.latents(images)
+        quantized = self.quantizer(latents)
+        return self.decode_latents(quantized.quantized, lengths), quantized, latents
+
+    def _embed(self, codes: Tensor, position: int = 0) -> Tensor:
+        return self._embed_latents(self.quantizer.lookup(codes), position)
+
+    def _embed_latents(self, quantized: Tensor, position: int = 0) -> Tensor:
+        end = position + quantized.shape[1]
+        return self.from_latent(quantized.to(self.from_latent.weight.dtype)) + self.token_position[position:end]
+
+    def _token_kv(self, x: Tensor, cache: KVCache | None = None, position: int = 0) -> LayerKV:
+        """Runs spectral tokens x (B, n, D) through the decoder; their keys and values in every layer.
+
+        With a cache, x holds the tokens from `position` on and the pairs returned hold all tokens so far.
+        """
+        pairs: LayerKV = []
+        for layer, block in enumerate(self.decoder):
+            q, k, v = block.attn.qkv(block.norm1(x))
+            if cache is not None:
+                k, v = cache.write(layer, position, k, v)
+            pairs.append((k, v))
+            if layer + 1 == len(self.decoder):
+                break  # nobody reads what the last layer would make of the spectral tokens
+            mask = None
+            if position > 0 and q.shape[2] > 1:  # several new tokens behind old ones: causal, shifted
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(position)
+            causal = mask is None and q.shape[2] > 1
+            x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
+            x = x + block.mlp(block.norm2(x))
+        return pairs
+
+    def _render(self, kv: LayerKV, cutoffs: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Mask tokens look at spectral keys and values; cutoffs (), (S,) or (B, S) -> images (B, S, C, H, H).
+
+        visible: (S, n) or (B, S, n), True for the spectral tokens a frame may see; None for all of them.
+        """
+        batch, frames = kv[0][0].shape[0], (1 if visible is None else visible.shape[-2])
+        rows, p = batch * frames, self.num_patches
+        mask = None
+        if visible is not None:
+            visible = visible.expand(batch, frames, -1).reshape(rows, 1, 1, -1)
+            mask = F.pad(visible, (p, 0), value=True)  # (B S, 1, 1, P + n): mask tokens see all mask tokens
+        x = self.mask_tokens.expand(rows, -1, -1)  # (B S, P, D)
+        for block, (token_k, token_v) in zip(self.decoder, kv, strict=True):
+            q, k, v = block.attn.qkv(block.norm1(x))
+            if frames > 1:
+                token_k, token_v = (t.repeat_interleave(frames, dim=0) for t in (token_k, token_v))
+            k, v = torch.cat([k, token_k], dim=2), torch.cat([v, token_v], dim=2)  # (B S, heads, P + n, head_dim)
+            x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+            x = x + block.mlp(block.norm2(x))
+        x = self.to_pixels(self.decoder_norm(x))  # (B S, P, C p p)
+        grid, patch = self.config.image_size // self.config.patch_size, self.config.patch_size
+        x = x.view(rows, grid, grid, -1, patch, patch).permute(0, 3, 1, 4, 2, 5)
+        x = x.reshape(rows, -1, grid * patch, grid * patch)  # (B S, C, H, H)
+        x = x + self.seam_conv(x)
+        return low_pass(x.unflatten(0, (batch, frames)), cutoffs)  # (B, S, C, H, H)
+
+    # ------------------------------------------------------------------------------------------------ checks
+
+    def _cutoff_tensor(self, lengths: Tensor | list[int], device: torch.device) -> Tensor:
+        return torch.tensor(self.cutoffs, device=device)[torch.as_tensor(lengths, device=device) - 1]
+
+    def _prefix_length(self, k: int | None, available: int | None = None) -> int:
+        limit = available or self.config.num_tokens
+        k = limit if k is None else k
+        if not 1 <= k <= limit:
+            raise ValueError(f"the prefix length must be between 1 and {limit}, got {k}.")
+        return k
+
+    def _check_lengths(self, lengths: list[int], available: int) -> int:
+        if not lengths:
+            raise ValueError("at least one prefix length is needed.")
+        return max(self._prefix_length(k, available) for k in lengths)
+
+    def _check_codes(self, codes: Tensor) -> None:
+        if codes.ndim != 2 or not 1 <= codes.shape[1] <= self.config.num_tokens:
+            raise ValueError(f"codes must have shape (B, n) with n in 1..{self.config.num_tokens}, got {tuple(codes.shape)}.")
+        if codes.is_floating_point() or codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.codebook_size:
+            raise ValueError(f"codes must be integers between 0 and {self.config.codebook_size - 1}.")
+
+
+class PrefixDecoder:
+    """Incremental decode: append codes as they arrive, ask for the image of the prefix so far at any time.
+
+    Each spectral token passes through the decoder once; only mask tokens are run again for a frame.
+
+    Args:
+        tokenizer: the tokenizer whose decoder runs.
+        batch_size: images decoded side by side.
+    """
+
+    def __init__(self, tokenizer: SpectralTokenizer, batch_size: int) -> None:
+        self.tokenizer = tokenizer
+        config = tokenizer.config
+        self.length = 0
+        self._kv: LayerKV = []
+        self._cache = KVCache(
+            config.decoder_layers, batch_size, config.num_heads, config.num_tokens,
+            config.hidden_size // config.num_heads, like=tokenizer.token_position,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def append(self, codes: Tensor) -> None:
+        """Adds codes (B, T) behind the ones so far."""
+        tokens = self.tokenizer._embed(codes, self.length)
+        self._kv = self.tokenizer._token_kv(tokens, self._cache, self.length)
+        self.length += codes.shape[1]
+
+    @torch.no_grad()
+    def frame(self) -> Tensor:
+        """The image (B, C, H, H) of the prefix so far."""
+        if not self.length:
+            raise ValueError("append at least one code before asking for a frame.")
+        cutoff = torch.tensor(self.tokenizer.cutoffs[self.length - 1], device=self._kv[0][0].device)
+        return self.tokenizer._render(self._kv, cutoff)[:, 0]
