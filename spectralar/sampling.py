@@ -1,0 +1,151 @@
+"""From logits to tokens: guidance, temperature, top-k, top-p, inverse CDF. Pure functions; no model, no host sync.
+
+The random numbers come in from outside, one uniform a token, drawn before the loop (`draw_uniforms`): an image then
+depends on its own row only, never on its batch mates, and a sampling step is a pure function of tensors that can be
+captured as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
+
+
+# ------------------------------------------------------------------------------------------------ guidance
+
+
+def guidance_at(index: int, num_tokens: int, guidance_scale: float, schedule: str = "constant") -> float:
+    """Guidance scale w_t for token `index` in 0..N-1.
+
+    "constant": w everywhere. "linear" and "cosine": from 1 at the first token to w at the last one, in a straight
+    line or along half a cosine. (A sequence of one token gets w.)
+
+    Raises:
+        ValueError: for an unknown schedule.
+    """
+    if schedule not in GUIDANCE_SCHEDULES:
+        raise ValueError(f"guidance_schedule must be one of {', '.join(GUIDANCE_SCHEDULES)}, got {schedule!r}.")
+    progress = index / (num_tokens - 1) if num_tokens > 1 else 1.0
+    if schedule == "constant":
+        progress = 1.0
+    elif schedule == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    # Written as a mean of 1 and w, so that both ends are met exactly.
+    return (1 - progress) + progress * guidance_scale
+
+
+def guidance_curve(num_tokens: int, guidance_scale: float, schedule: str = "constant") -> list[float]:
+    """`guidance_at` for all N tokens."""
+    return [guidance_at(index, num_tokens, guidance_scale, schedule) for index in range(num_tokens)]
+
+
+def guide(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance on logits: l_u + w (l_c - l_u) (Ho & Salimans, 2022)."""
+    return uncond + guidance_scale * (cond - uncond)
+
+
+# ------------------------------------------------------------------------------------------------ logits to tokens
+
+
+def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Sets the logits of tokens outside top-k, then outside top-p, to -inf: (B, K) -> (B, K).
+
+    Args:
+        logits: (B, K), already divided by the temperature.
+        top_k: keeps exactly this many of the most likely tokens; 0 or K keeps all.
+        top_p: of these, renormalised, keeps the smallest set of most likely tokens whose probability reaches top_p,
+            at least one (nucleus sampling, Holtzman et al., 2020); 1 keeps all.
+    """
+    some = 0 < top_k < logits.shape[-1]
+    if not some and top_p >= 1:
+        return logits
+    values, indices = logits.topk(top_k) if some else logits.sort(descending=True, stable=True)  # (B, k), descending
+    if top_p < 1:
+        p = values.softmax(dim=-1)
+        before = p.cumsum(dim=-1) - p  # probability of all more likely tokens; exactly 0 for the first
+        values = values.masked_fill(before >= top_p, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter(-1, indices, values)
+
+
+def sample_tokens(
+    logits: Tensor, uniforms: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
+    """Picks one token a row by inverse CDF over the codebook's order.
+
+    Args:
+        logits: (B, K).
+        uniforms: (B,) in [0, 1), one random number a row.
+        temperature: logits are divided by it; 0 takes the most likely token.
+        top_k, top_p: see `filter_logits`.
+
+    Returns:
+        (B,) int64.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    p = filter_logits(logits, top_k, top_p).softmax(dim=-1)
+    # A parallel cumsum is neither monotone nor flat over zeros to the last bit. Excluding p = 0 by name, and keeping
+    # the threshold below the largest value, makes sure that rounding never picks a token that was filtered out.
+    cdf = p.cumsum(dim=-1).masked_fill(p == 0, 0.0)  # (B, K)
+    total = cdf.amax(dim=-1, keepdim=True)  # (B, 1), 1 up to rounding
+    threshold = torch.minimum(uniforms[:, None].to(cdf) * total, total * (1 - torch.finfo(cdf.dtype).eps))
+    return (cdf > threshold).to(torch.uint8).argmax(dim=-1)  # the first one above
+
+
+# ------------------------------------------------------------------------------------------------ random numbers
+
+
+def draw_uniforms(
+    batch: int,
+    num_tokens: int,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Uniform numbers in [0, 1), one for each token of each image: (B, N) float32 on `device`.
+
+    Args:
+        generator: one generator for all, drawn image after image, so that image b is the same whatever the batch
+            size; or one generator an image; or None, the global CPU generator. Each draws on its own device.
+
+    Raises:
+        ValueError: if a list of generators has another length than the batch.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        generators = [generator] * batch
+    else:
+        generators = list(generator)
+        if len(generators) != batch:
+            raise ValueError(f"got {len(generators)} generators for {batch} images: pass one each, or a single one.")
+    # Row by row: on CUDA the layout of one (B, N) draw depends on its size.
+    rows = [torch.rand(num_tokens, generator=g, device=g.device if g is not None else "cpu") for g in generators]
+    return torch.stack([row.to(device) for row in rows]) if rows else torch.empty(0, num_tokens, device=device)
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+
+def check_sampling_arguments(
+    codebook_size: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    guidance_scale: float = 1.0,
+    guidance_schedule: str = "constant",
+) -> None:
+    """Raises a ValueError of one sentence for the first sampling argument that is out of range."""
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {temperature}.")
+    if not isinstance(top_k, Integral) or not 0 <= top_k <= codebook_size:
+        raise ValueError(f"top_k must be an integer from 0 (off) to the codebook size {codebook_size}, got {top_k}.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1 (off), got {top_p}.")
+    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise ValueError(f"guidance_scale must be a finite number >= 0 (1 is off), got {guidance_scale}.")
+    guidance_at(0, 1, guidance_scale, guidance_schedule)

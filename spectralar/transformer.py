@@ -1,0 +1,173 @@
+"""SpectralARTransformer: class label and the spectral tokens so far -> logits of the next one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .layers import AdaLNBlock, KVCache, init_weights
+
+# The paper's model (310M parameters, 64 tokens, ImageNet-1K); the size is VAR-d16's (Tian et al., 2024).
+PRESETS = {
+    "d16": {
+        "num_classes": 1000,
+        "codebook_size": 4096,
+        "num_tokens": 64,
+        "hidden_size": 1024,
+        "num_layers": 16,
+        "num_heads": 16,
+    },
+}
+
+
+class Conditioning(NamedTuple):
+    """All that a class label sets in the network: constant over the tokens, so computed once a sample."""
+
+    start: Tensor  # (B, D), input of the start position
+    blocks: Tensor  # (B, L, 6, D), shift, scale, gate of attention and of the MLP in each block
+    final: Tensor  # (B, 2, D), shift and scale before the head
+
+
+class SpectralARTransformer(ModelMixin, ConfigMixin):
+    r"""Class-conditional autoregressive transformer over spectral tokens (SpectralAR, arXiv 2506.10962).
+
+    A decoder-only transformer with adaLN-zero (DiT; Peebles & Xie, 2023) and normalised queries and keys. The input
+    sequence is [class embedding, q_1, .., q_(N-1)], position t predicts q_(t+1). Label `null_label` (the index
+    `num_classes`) is the null class of classifier-free guidance. The head starts at zero: step 0 has loss log K.
+
+    Args:
+        num_classes: number of classes without the null class.
+        codebook_size: K.
+        num_tokens: N spectral tokens an image.
+        hidden_size, num_layers, num_heads, mlp_ratio: size of the network.
+        dropout: on the input embeddings and on both residual branches of every block, in training only.
+        shared_adaln: one adaLN projection for all blocks, each with a learned offset of its own (PixArt-alpha; Chen
+            et al., 2023): a third fewer parameters.
+    """
+
+    _supports_gradient_checkpointing = False
+    _no_split_modules = ["AdaLNBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_classes: int = 10,
+        codebook_size: int = 1024,
+        num_tokens: int = 32,
+        hidden_size: int = 192,
+        num_layers: int = 6,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        shared_adaln: bool = False,
+    ) -> None:
+        super().__init__()
+        self.class_embed = nn.Embedding(num_classes + 1, hidden_size)
+        self.token_embed = nn.Embedding(codebook_size, hidden_size)
+        self.position = nn.Parameter(torch.empty(num_tokens, hidden_size))
+        self.embed_dropout = nn.Dropout(dropout)
+        # adaLN of all blocks as one product; the table (L, 6, D) is its bias, one row a block also where the
+        # projection is shared.
+        rows = 1 if shared_adaln else num_layers
+        self.adaln = nn.Linear(hidden_size, rows * 6 * hidden_size, bias=False)
+        self.adaln_table = nn.Parameter(torch.empty(num_layers, 6, hidden_size))
+        self.blocks = nn.ModuleList(AdaLNBlock(hidden_size, num_heads, mlp_ratio, dropout) for _ in range(num_layers))
+        self.final_adaln = nn.Linear(hidden_size, 2 * hidden_size)
+        self.final_norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.head = nn.Linear(hidden_size, codebook_size)
+        self._init_parameters()
+
+    def _init_parameters(self) -> None:
+        init_weights(self)
+        nn.init.normal_(self.position, std=0.02)
+        # adaLN-zero: every block starts as the identity. A zero head: uniform predictions at step 0.
+        for parameter in (self.adaln.weight, self.adaln_table, self.final_adaln.weight, self.head.weight):
+            nn.init.zeros_(parameter)
+
+    @property
+    def null_label(self) -> int:
+        """The label of the null class, for unconditional rows."""
+        return self.config.num_classes
+
+    def condition(self, class_labels: Tensor) -> Conditioning:
+        """Everything that depends on the class only: labels (B,) int64 in 0..num_classes -> `Conditioning`."""
+        start = self.class_embed(class_labels)  # (B, D)
+        hidden = F.silu(start)
+        blocks = self.adaln(hidden).unflatten(1, (-1, 6, start.shape[1]))  # (B, L or 1, 6, D)
+        final = self.final_adaln(hidden).unflatten(1, (2, -1))  # (B, 2, D)
+        return Conditioning(start, blocks + self.adaln_table, final)
+
+    def forward(self, codes: Tensor, class_labels: Tensor) -> Tensor:
+        """Logits for every position at once, for training and scoring.
+
+        Args:
+            codes: (B, t) int64 in 0..K-1 with 0 <= t <= N-1: the tokens so far (in training `codes[:, :-1]`).
+            class_labels: (B,) int64 in 0..num_classes.
+
+        Returns:
+            (B, t + 1, K) float32; position i holds the logits of token i given the tokens before it.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+        """
+        longest = self.config.num_tokens - 1
+        if codes.ndim != 2 or codes.shape[1] > longest:
+            raise ValueError(f"codes must have shape (B, t) with t <= {longest}, got {tuple(codes.shape)}.")
+        if class_labels.shape != codes.shape[:1]:
+            raise ValueError(f"class_labels must have shape ({codes.shape[0]},), got {tuple(class_labels.shape)}.")
+        conditioning = self.condition(class_labels)
+        x = self._run(self._embed(codes, 0, conditioning), 0, conditioning)
+        return self._logits(x, conditioning)
+
+    # ------------------------------------------------------------------------------------------------ inference
+
+    def make_cache(self, batch: int) -> KVCache:
+        """An empty key/value cache for `batch` sequences of N tokens, in the model's dtype and on its device."""
+        heads, layers = self.config.num_heads, self.config.num_layers
+        head_dim = self.config.hidden_size // heads
+        return KVCache(layers, batch, heads, self.config.num_tokens, head_dim, like=self.position)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor | None, position: int, conditioning: Conditioning, cache: KVCache) -> Tensor:
+        """Logits of the next token, from the new tokens only; earlier ones are in the cache.
+
+        Two uses: `position` 0 with the k >= 0 tokens of a given prefix (None for k = 0), which runs the start
+        position and the prefix at once; then, for the p-th token, `position` p with tokens (B, 1).
+
+        Args:
+            tokens: (B, T) int64 in 0..K-1.
+            position: number of inputs in the cache: 0, or 1 (start) + the number of tokens run before.
+            conditioning: from `condition`, B rows.
+            cache: from `make_cache(B)`; written in place.
+
+        Returns:
+            (B, K) float32: logits of the token after the last one given.
+        """
+        x = self._run(self._embed(tokens, position, conditioning), position, conditioning, cache)
+        return self._logits(x[:, -1:], conditioning)[:, 0]
+
+    # ------------------------------------------------------------------------------------------------ parts
+
+    def _embed(self, tokens: Tensor | None, position: int, conditioning: Conditioning) -> Tensor:
+        """Inputs (B, T, D) from `position` on; at position 0 the start position comes first."""
+        parts = [] if position else [conditioning.start.unsqueeze(1)]
+        if tokens is not None:
+            parts.append(self.token_embed(tokens))
+        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return self.embed_dropout(x + self.position[position : position + x.shape[1]])
+
+    def _run(self, x: Tensor, position: int, conditioning: Conditioning, cache: KVCache | None = None) -> Tensor:
+        for layer, block in enumerate(self.blocks):
+            x = block(x, conditioning.blocks[:, layer], cache, layer, position)
+        return x
+
+    def _logits(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """(B, T, D) -> (B, T, K), never below float32."""
+        shift, scale = conditioning.final.unsqueeze(2).unbind(1)  # each (B, 1, D)
+        logits = self.head(torch.addcmul(shift, self.final_norm(x), 1 + scale))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
