@@ -120,7 +120,8 @@ class TransformerStage(StageConfig):
     """Stage 2: next-token prediction."""
 
     label_dropout: float = 0.1  # probability of the null class, for classifier-free guidance
-    codes: str = "stored"  # "stored" = encode all images once; "on-the-fly" = encode at each step, augmented
+    codes: str = "stored"  # "stored" = what encode_dataset wrote; "on-the-fly" = encode at each step, augmented
+    copies: int = 4  # stored: differently augmented encodings of every image, the first one not augmented
 
 
 @dataclass

@@ -1,0 +1,164 @@
+"""Stage 1: trains the spectral tokenizer by nested reconstruction.
+
+    python -m train.train_tokenizer fashion-mnist-32
+    accelerate launch -m train.train_tokenizer tiny-imagenet-64 train_tokenizer.batch_size=512
+
+The loss of a step, on a batch of images x with full prefix N and S sampled prefix lengths k (DESIGN section 7):
+
+    L = ||D_N - x||² + sum_k w_k ||D_k - x_k||² + quantizer_weight (codebook + commitment * commitment),
+    w_k = 0.5 min(8, H / r_k),   ||.||² = mean over pixels.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from spectralar.quantizer import CodebookRevival, codebook_statistics
+from spectralar.spectral import low_pass
+from spectralar.tokenizer import SpectralTokenizer
+
+from .config import Config
+from .data import ImageSet, augment, load_images, step_indices, to_float
+from .engine import Run, image_grid, make_ema, make_optimizer, parse_arguments
+
+REVIVAL_EVERY = 10  # steps between looks for dead codes: each look waits for the device
+EVAL_IMAGES = 1024
+
+
+def sample_lengths(batch: int, samples: int, num_tokens: int, generator: torch.Generator) -> Tensor:
+    """Prefix lengths (B, 1 + S): the full one first, then samples, half uniform and half powers of two."""
+    uniform = torch.randint(1, num_tokens + 1, (batch, samples), generator=generator)
+    powers = 2 ** torch.randint(0, num_tokens.bit_length(), (batch, samples), generator=generator)
+    pick = torch.rand(batch, samples, generator=generator) < 0.5
+    sampled = torch.where(pick, uniform, powers.clamp(max=num_tokens))
+    return torch.cat([torch.full((batch, 1), num_tokens), sampled], dim=1)
+
+
+def nested_loss(frames: Tensor, images: Tensor, lengths: Tensor, cutoffs: Tensor) -> dict[str, Tensor]:
+    """Weighted squared errors of frames (B, 1 + S, C, H, H) against the low-passes of images (B, C, H, H)."""
+    frame_cutoffs = cutoffs[lengths]  # (B, 1 + S)
+    targets = low_pass(images.unsqueeze(1), frame_cutoffs)
+    error = (frames.float() - targets).square().mean(dim=(2, 3, 4))  # (B, 1 + S)
+    weight = 0.5 * (images.shape[-1] / frame_cutoffs).clamp(max=8.0)
+    return {"full": error[:, 0].mean(), "prefix": (weight * error)[:, 1:].sum(dim=1).mean()}
+
+
+@torch.no_grad()
+def evaluate(model: SpectralTokenizer, images: Tensor, device: torch.device) -> dict[str, float]:
+    """PSNR (dB) at the powers of two against the image, at N; perplexity and usage of the codes."""
+    model.eval()
+    lengths = sorted({2**i for i in range(model.config.num_tokens.bit_length())} | {model.config.num_tokens})
+    codes, errors = [], []
+    for batch in images.split(128):
+        x = to_float(batch).to(device)
+        codes.append(model.encode(x))
+        frames = model.decode(codes[-1], lengths).float()  # (b, S, C, H, H)
+        difference = (frames.clamp(-1, 1) - x.unsqueeze(1)) / 2  # on [0, 1]
+        errors.append(difference.square().mean(dim=(2, 3, 4)))
+    model.train()
+    psnr = -10 * torch.cat(errors).clamp(min=1e-10).log10().mean(dim=0)
+    result = {f"eval/psnr_{k}": float(v) for k, v in zip(lengths, psnr, strict=True)}
+    statistics = codebook_statistics(torch.cat(codes), model.config.codebook_size)
+    return result | {f"eval/{k}": v for k, v in statistics.items()}
+
+
+@torch.no_grad()
+def sample_grid(model: SpectralTokenizer, images: Tensor, device: torch.device) -> Tensor:
+    """One row an image: the original, then prefixes 1, 2, 4, ..., N."""
+    model.eval()
+    x = to_float(images).to(device)
+    lengths = sorted({2**i for i in range(model.config.num_tokens.bit_length())} | {model.config.num_tokens})
+    frames = model.decode(model.encode(x), lengths)
+    model.train()
+    return image_grid([torch.cat([a[None], b]).float().cpu() for a, b in zip(x, frames, strict=True)])
+
+
+def averaged_parameters(model: SpectralTokenizer) -> list[torch.nn.Parameter]:
+    """All but the codebook: an average of entries that jump when they are revived is an entry nobody used."""
+    return [p for name, p in model.named_parameters() if name != "quantizer.codebook"]
+
+
+def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
+    stage, accelerator, num_tokens = config.train_tokenizer, run.accelerator, config.tokenizer.num_tokens
+    device = accelerator.device
+    tokenizer = SpectralTokenizer(**asdict(config.tokenizer))
+    optimizer = make_optimizer(tokenizer, stage)
+    model, optimizer = accelerator.prepare(tokenizer, optimizer)
+    forward = torch.compile(model) if stage.compile else model
+    averaged = averaged_parameters(tokenizer)
+    ema = make_ema(averaged, stage.ema_decay)
+    ema.to(device)
+    revival = CodebookRevival(tokenizer.quantizer, stage.revive_after, stage.seed)
+    accelerator.register_for_checkpointing(ema, revival)
+    cutoffs = torch.tensor((1, *tokenizer.cutoffs), device=device)  # indexed by prefix length
+    eval_images = heldout.images[:EVAL_IMAGES]
+    run.print(f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.2f} M parameters, {len(data)} images.")
+
+    done = run.resume()
+    for step in run.steps(done):
+        lengths = sample_lengths(stage.batch_size, stage.prefixes_per_step, num_tokens, run.generator(step, 0))
+        draws = [run.generator(step, 1) for _ in range(stage.grad_accumulation)]
+        sums: dict[str, Tensor] = {}
+        parts: list[tuple[Tensor, Tensor]] = []
+        for part, (chosen, slot) in enumerate(run.micro_batches(len(data), step, step_indices)):
+            world = stage.batch_size // run.micro_batch
+            images = augment(data.images[chosen].to(device), config.data.augment, draws[part], slot, world)
+            x = to_float(images)
+            mine = lengths[slot * run.micro_batch : (slot + 1) * run.micro_batch].to(device)
+            synchronise = part + 1 == stage.grad_accumulation
+            with nullcontext() if synchronise else accelerator.no_sync(model), accelerator.autocast():
+                frames, quantized, latents = forward(x, mine)
+                losses = nested_loss(frames, x, mine, cutoffs)
+                losses["codebook"] = quantized.codebook_loss
+                losses["commitment"] = quantized.commitment_loss
+                quantizer = losses["codebook"] + stage.commitment * losses["commitment"]
+                loss = losses["full"] + losses["prefix"] + stage.quantizer_weight * quantizer
+                accelerator.backward(loss / stage.grad_accumulation)
+            parts.append((quantized.codes, latents.detach()))
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach() / stage.grad_accumulation
+        norm = run.optimise(optimizer, list(model.parameters()), step)
+        ema.step(averaged)
+        revive = step % REVIVAL_EVERY == 0 and step < stage.revive_until * stage.steps
+        revived = revival.update(*(torch.cat(x) for x in zip(*parts, strict=True)), step, revive)
+
+        done = step + 1
+        if done % stage.log_every == 0 or done == stage.steps:
+            run.check_finite(sums, step)
+            values = {f"loss/{name}": value.item() for name, value in sums.items()}
+            values |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"], "revived": revived}
+            run.log(values, done)
+        show, measure = (done % n == 0 or done == stage.steps for n in (stage.sample_every, stage.eval_every))
+        if show or measure:
+            ema.store(averaged)
+            ema.copy_to(averaged)
+            if measure:
+                values = evaluate(tokenizer, eval_images, device)
+                run.log(values, done)
+                run.print(f"step {done}: " + ", ".join(f"{k[5:]} {v:.2f}" for k, v in values.items()))
+            if show:
+                run.log_images("reconstruction", sample_grid(tokenizer, eval_images[:10], device), done)
+            ema.restore(averaged)
+        if done % stage.checkpoint_every == 0:
+            run.save(done)
+
+    if run.finish(done) and run.is_main:
+        ema.copy_to(averaged)
+        folder = run.args.output / "tokenizer"
+        # Half precision is what ships, so it is what stage 2 must learn from.
+        tokenizer.half().save_pretrained(folder)
+        run.print(f"Tokenizer in {folder}.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, config = parse_arguments(__doc__.split("\n\n")[0], argv)
+    run = Run("tokenizer", config, config.train_tokenizer, args)
+    train(run, config, load_images(config.data, "train"), load_images(config.data, "eval"))
+
+
+if __name__ == "__main__":
+    main()
