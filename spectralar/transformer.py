@@ -29,7 +29,7 @@ class Conditioning(NamedTuple):
     """All that a class label sets in the network: constant over the tokens, so computed once a sample."""
 
     start: Tensor  # (B, D), input of the start position
-    blocks: Tensor  # (B, L, 6, D), shift, scale, gate of attention and of the MLP in each block
+    blocks: Tensor  # (B, L, 6, D), (shift, scale, gate) of attention, then of the MLP
     final: Tensor  # (B, 2, D), shift and scale before the head
 
 
@@ -88,6 +88,10 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
         # adaLN-zero: every block starts as the identity. A zero head: uniform predictions at step 0.
         for parameter in (self.adaln.weight, self.adaln_table, self.final_adaln.weight, self.head.weight):
             nn.init.zeros_(parameter)
+        # DiT scales by 1 + s. Here the biases hold the 1, so that nothing is left to add for each token.
+        with torch.no_grad():
+            self.adaln_table[:, 1::3] = 1
+            self.final_adaln.bias.view(2, -1)[1] = 1
 
     @property
     def null_label(self) -> int:
@@ -169,5 +173,5 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
     def _logits(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         """(B, T, D) -> (B, T, K), never below float32."""
         shift, scale = conditioning.final.unsqueeze(2).unbind(1)  # each (B, 1, D)
-        logits = self.head(torch.addcmul(shift, self.final_norm(x), 1 + scale))
+        logits = self.head(torch.addcmul(shift, self.final_norm(x), scale))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
