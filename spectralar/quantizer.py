@@ -27,12 +27,19 @@ class VectorQuantizer(nn.Module):
         codebook_size: number of entries K.
         codebook_dim: dimension d of an entry, 12 to 16 works well; high dimensions leave entries unused.
         codebook_sizes: nested codebooks (arXiv 2605.06207): position t uses only the first K_t entries. None: all.
+
+    Raises:
+        ValueError: if a size is not positive, or a nested one is larger than `codebook_size`.
     """
 
     def __init__(
         self, codebook_size: int, codebook_dim: int, codebook_sizes: list[int] | tuple[int, ...] | None = None
     ) -> None:
         super().__init__()
+        if codebook_size < 1 or codebook_dim < 1:
+            raise ValueError(
+                f"codebook_size and codebook_dim must be at least 1, got {codebook_size}, {codebook_dim}."
+            )
         if codebook_sizes is not None and not all(1 <= size <= codebook_size for size in codebook_sizes):
             raise ValueError(f"codebook_sizes must lie between 1 and codebook_size ({codebook_size}).")
         self.codebook_size = codebook_size
@@ -86,9 +93,14 @@ class CodebookRevival:
         quantizer: the quantizer to watch.
         patience: steps without use after which an entry is revived.
         seed: seed of the choice among latents, combined with the step.
+
+    Raises:
+        ValueError: if `patience` is below 1: entries in use would be moved as well.
     """
 
     def __init__(self, quantizer: VectorQuantizer, patience: int = 100, seed: int = 0) -> None:
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1 step, got {patience}.")
         self.quantizer = quantizer
         self.patience = patience
         self.seed = seed
@@ -108,6 +120,8 @@ class CodebookRevival:
         if not revive:
             return 0
         dead = (self.idle_steps >= self.patience).nonzero().flatten()
+        if self.quantizer.codebook_sizes is not None:
+            dead = dead[dead < max(self.quantizer.codebook_sizes[: latents.shape[1]])]  # others have no position
         if dead.numel() == 0:
             return 0
         positions = torch.arange(latents.shape[1], device=latents.device).expand(latents.shape[:2]).flatten()

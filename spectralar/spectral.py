@@ -17,7 +17,7 @@ from torch import Tensor
 
 @lru_cache(maxsize=32)
 def _dct_matrix_cpu(size: int) -> Tensor:
-    n = torch.arange(size, dtype=torch.float64)
+    n = torch.arange(size, dtype=torch.float64, device="cpu")  # even where another device is the default
     matrix = torch.cos(math.pi / size * (n[None, :] + 0.5) * n[:, None]) * math.sqrt(2.0 / size)
     matrix[0] /= math.sqrt(2.0)
     return matrix
@@ -31,18 +31,31 @@ def _dct_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def dct_matrix(size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-    """Orthonormal DCT-II matrix D (H, H): D @ D.T = 1, row u is the cosine of frequency u."""
+    """Orthonormal DCT-II matrix D (H, H): D @ D.T = 1, row u is the cosine of frequency u. Shared: do not write."""
     return _dct_matrix(size, dtype, torch.device(device))
 
 
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the type they have: autocast would make it bfloat16."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.matmul(a, b)
+
+
 def _separable(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """left @ x @ right over the last two axes, never below float32."""
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.matmul(torch.matmul(left, x), right)
+    """left @ x @ right over the last two axes."""
+    return _matmul(_matmul(left, x), right)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
+    if not x.is_floating_point():
+        raise TypeError(f"images and spectra must be floating-point tensors, images in [-1, 1]; got {x.dtype}.")
     return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _square_side(x: Tensor) -> int:
+    if x.ndim < 3 or x.shape[-1] != x.shape[-2]:
+        raise ValueError(f"images must be square, of shape (..., C, H, H), got {tuple(x.shape)}.")
+    return x.shape[-1]
 
 
 def dct2(x: Tensor) -> Tensor:
@@ -102,18 +115,21 @@ def low_pass(x: Tensor, cutoff: int | Tensor) -> Tensor:
     Args:
         x: images (..., C, H, H).
         cutoff: an int, or integers whose shape broadcasts against x's leading axes (..., without C, H, H).
+
+    Raises:
+        ValueError: if x is not of shape (..., C, H, H).
+        TypeError: if x is not floating-point.
     """
     # D^T diag(u < r) D is applied once a side: the square mask is a product of two one-dimensional ones.
-    size = x.shape[-1]
-    dtype = _compute_dtype(x)
+    size, dtype = _square_side(x), _compute_dtype(x)
     matrix = dct_matrix(size, dtype, x.device)
     if isinstance(cutoff, Tensor):
         keep = torch.arange(size, device=x.device) < cutoff.to(x.device)[..., None]  # (..., H)
-        projector = (matrix.mT * keep[..., None, :].to(dtype)) @ matrix  # (..., H, H)
+        projector = _matmul(matrix.mT * keep[..., None, :].to(dtype), matrix)  # (..., H, H)
         projector = projector.unsqueeze(-3)  # (..., 1, H, H), over channels
     else:
         kept = matrix[: max(0, int(cutoff))]
-        projector = kept.mT @ kept  # (H, H)
+        projector = _matmul(kept.mT, kept)  # (H, H)
     return _separable(x.to(dtype), projector, projector).to(x.dtype)
 
 
@@ -142,9 +158,11 @@ def radial_power_spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         frequency (F,) int64 in half-cycles per image, and power (..., F), F = round(sqrt(2) (H - 1)) + 1.
+
+    Raises:
+        ValueError: if x is not of shape (..., C, H, H).
     """
-    size = x.shape[-1]
-    ring = radial_frequency(size, x.device).flatten()
+    ring = radial_frequency(_square_side(x), x.device).flatten()
     count = torch.bincount(ring).clamp(min=1)
     energy = dct2(x.to(_compute_dtype(x))).square().mean(dim=-3).flatten(-2)  # (..., H*H)
     power = torch.zeros(*energy.shape[:-1], count.numel(), dtype=energy.dtype, device=x.device)
@@ -153,9 +171,13 @@ def radial_power_spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def band_energy(x: Tensor, cutoffs: tuple[int, ...] | list[int]) -> Tensor:
-    """Energy ||.||² in the band each token opens, summed over channels: (..., C, H, H) -> (..., N)."""
+    """Energy ||.||² in the band each token opens, summed over channels: (..., C, H, H) -> (..., N).
+
+    Raises:
+        ValueError: if x is not of shape (..., C, H, H).
+    """
+    frequency = square_frequency(_square_side(x), x.device).flatten()
     energy = dct2(x.to(_compute_dtype(x))).square().sum(dim=-3).flatten(-2)  # (..., H*H)
-    frequency = square_frequency(x.shape[-1], x.device).flatten()
     edges = torch.as_tensor(cutoffs, device=x.device)
     # First k with r_k > frequency: empty bands (ties) are passed over and keep zero energy.
     band = torch.searchsorted(edges, frequency, right=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -114,8 +115,9 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         n = self._prefix_length(num_tokens)
         batch, patch = images.shape[0], self.config.patch_size
         grid = self.config.image_size // patch
-        x = images.reshape(batch, -1, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
-        x = self.patch_embed(x.reshape(batch, self.num_patches, -1).to(self.patch_embed.weight.dtype))  # (B, P, D)
+        x = images.reshape(batch, self.config.in_channels, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
+        x = x.reshape(batch, self.num_patches, self.patch_embed.in_features)  # (B, P, C p p)
+        x = self.patch_embed(x.to(self.patch_embed.weight.dtype))  # (B, P, D)
         x = x + self.patch_position
         x = torch.cat([x, self.queries[:n].expand(batch, -1, -1).to(x.dtype)], dim=1)  # (B, P + n, D)
         mask = encoder_mask(self.num_patches, n, x.device)
@@ -127,11 +129,15 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         """Codes (B, n) int64 of images (B, C, H, H) in [-1, 1], n = `num_tokens` (default N).
 
         Raises:
-            ValueError: if the images have another shape than the model's, or n is not in 1..N.
+            ValueError: if the images have another shape than the model's or are not floats, or n is not in 1..N.
         """
         expected = (self.config.in_channels, self.config.image_size, self.config.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images must have shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}.")
+            raise ValueError(
+                f"images must have shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}."
+            )
+        if not images.is_floating_point():
+            raise ValueError(f"images must be floating-point, in [-1, 1], got {images.dtype}.")
         return self.quantizer.encode(self.latents(images, num_tokens))
 
     # ------------------------------------------------------------------------------------------------ decode
@@ -140,7 +146,7 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         """Images of a prefix of the codes, band-limited to the prefix's cutoff.
 
         Args:
-            codes: (B, n) int64 in 0..K-1, n <= N.
+            codes: (B, n) of any integer type, in 0..K-1, n <= N.
             num_tokens: prefix length k. An int (default n): one length for all images. A tensor (B,): one length
                 an image. A list of S ints: every image at each of these lengths, tokens computed once for all.
 
@@ -150,20 +156,20 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         Raises:
             ValueError: if codes or prefix lengths are out of range.
         """
-        self._check_codes(codes)
+        codes = self._check_codes(codes)
         available = codes.shape[1]
-        if num_tokens is None or isinstance(num_tokens, int):
+        if num_tokens is None or isinstance(num_tokens, Integral):
             k = self._prefix_length(available if num_tokens is None else num_tokens, available)
             kv = self._token_kv(self._embed(codes[:, :k]))
             return self._render(kv, self._cutoff_tensor([k], codes.device).squeeze(0))[:, 0]
         if isinstance(num_tokens, Tensor):
             if num_tokens.shape != (codes.shape[0],):
                 raise ValueError(f"a tensor of prefix lengths must have shape ({codes.shape[0]},), one an image.")
-            lengths = num_tokens.to(codes.device).unsqueeze(1)  # (B, 1)
             largest = self._check_lengths(num_tokens.tolist(), available)
+            lengths = num_tokens.to(codes.device).unsqueeze(1)  # (B, 1)
         else:
-            lengths = torch.as_tensor(list(num_tokens), device=codes.device)  # (S,)
-            largest = self._check_lengths(list(num_tokens), available)
+            largest = self._check_lengths(num_tokens, available)
+            lengths = torch.tensor(num_tokens, device=codes.device)  # (S,)
         images = self.decode_latents(self.quantizer.lookup(codes[:, :largest]), lengths)
         return images[:, 0] if isinstance(num_tokens, Tensor) else images
 
@@ -220,7 +226,7 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         rows, p = batch * frames, self.num_patches
         mask = None
         if visible is not None:
-            visible = visible.expand(batch, frames, -1).reshape(rows, 1, 1, -1)
+            visible = visible.expand(batch, frames, -1).flatten(0, 1)[:, None, None]  # (B S, 1, 1, n)
             mask = F.pad(visible, (p, 0), value=True)  # (B S, 1, 1, P + n): mask tokens see all mask tokens
         x = self.mask_tokens.expand(rows, -1, -1)  # (B S, P, D)
         for block, (token_k, token_v) in zip(self.decoder, kv, strict=True):
@@ -232,8 +238,8 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
             x = x + block.mlp(block.norm2(x))
         x = self.to_pixels(self.decoder_norm(x))  # (B S, P, C p p)
         grid, patch = self.config.image_size // self.config.patch_size, self.config.patch_size
-        x = x.view(rows, grid, grid, -1, patch, patch).permute(0, 3, 1, 4, 2, 5)
-        x = x.reshape(rows, -1, grid * patch, grid * patch)  # (B S, C, H, H)
+        x = x.view(rows, grid, grid, self.config.in_channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
+        x = x.reshape(rows, self.config.in_channels, grid * patch, grid * patch)  # (B S, C, H, H)
         x = x + self.seam_conv(x)
         return low_pass(x.unflatten(0, (batch, frames)), cutoffs)  # (B, S, C, H, H)
 
@@ -245,20 +251,30 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
     def _prefix_length(self, k: int | None, available: int | None = None) -> int:
         limit = available or self.config.num_tokens
         k = limit if k is None else k
-        if not 1 <= k <= limit:
-            raise ValueError(f"the prefix length must be between 1 and {limit}, got {k}.")
-        return k
+        if not isinstance(k, Integral) or not 1 <= k <= limit:
+            raise ValueError(f"the prefix length must be an integer between 1 and {limit}, got {k}.")
+        return int(k)
 
-    def _check_lengths(self, lengths: list[int], available: int) -> int:
-        if not lengths:
-            raise ValueError("at least one prefix length is needed.")
+    def _check_lengths(self, lengths: Sequence[int], available: int) -> int:
+        if not isinstance(lengths, Sequence) or not lengths:
+            raise ValueError("num_tokens must be an integer, a tensor of one length an image, or a list of lengths.")
         return max(self._prefix_length(k, available) for k in lengths)
 
-    def _check_codes(self, codes: Tensor) -> None:
+    def _check_codes(self, codes: Tensor) -> Tensor:
+        """The codes as int64; a ValueError that says what is wrong with them."""
         if codes.ndim != 2 or not 1 <= codes.shape[1] <= self.config.num_tokens:
-            raise ValueError(f"codes must have shape (B, n) with n in 1..{self.config.num_tokens}, got {tuple(codes.shape)}.")
-        if codes.is_floating_point() or codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.codebook_size:
-            raise ValueError(f"codes must be integers between 0 and {self.config.codebook_size - 1}.")
+            raise ValueError(
+                f"codes must have shape (B, n) with n in 1..{self.config.num_tokens}, got {tuple(codes.shape)}."
+            )
+        size = self.config.codebook_size
+        if codes.is_floating_point() or codes.dtype == torch.bool:
+            raise ValueError(f"codes must be integers between 0 and {size - 1}, got a tensor of {codes.dtype}.")
+        codes = codes.long()
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+            raise ValueError(
+                f"codes must be integers between 0 and {size - 1}, got {int(codes.min())} to {int(codes.max())}."
+            )
+        return codes
 
 
 class PrefixDecoder:
@@ -273,6 +289,7 @@ class PrefixDecoder:
 
     def __init__(self, tokenizer: SpectralTokenizer, batch_size: int) -> None:
         self.tokenizer = tokenizer
+        self.batch_size = batch_size
         config = tokenizer.config
         self.length = 0
         self._kv: LayerKV = []
@@ -283,7 +300,16 @@ class PrefixDecoder:
 
     @torch.no_grad()
     def append(self, codes: Tensor) -> None:
-        """Adds codes (B, T) behind the ones so far."""
+        """Adds codes (B, T), int64, behind the ones so far; B is the decoder's batch size, and no more than N in all.
+
+        Their range is not checked: that would wait for the device at every token.
+        """
+        batch, limit = self.batch_size, self.tokenizer.config.num_tokens
+        if codes.ndim != 2 or codes.shape[0] != batch or not 1 <= codes.shape[1] <= limit - self.length:
+            raise ValueError(
+                f"codes must have shape ({batch}, T), T >= 1, and be no more than {limit} with the {self.length} "
+                f"before them; got {tuple(codes.shape)}."
+            )
         tokens = self.tokenizer._embed(codes, self.length)
         self._kv = self.tokenizer._token_kv(tokens, self._cache, self.length)
         self.length += codes.shape[1]
