@@ -1,0 +1,80 @@
+"""The engine of generation: codes token by token, with guidance and a KV cache. It knows nothing of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .layers import KVCache
+from .sampling import guidance_at, guide, sample_tokens
+from .transformer import Conditioning, SpectralARTransformer
+
+
+class TokenGenerator:
+    """Fills `codes` from left to right.
+
+    With guidance, B conditional and B unconditional rows run as one batch; at scale 1 only the conditional ones.
+
+    Args:
+        transformer: the model.
+        class_labels: (B,) int64 in 0..num_classes-1.
+        codes: (B, n) int64, n <= N, written in place. May begin with given tokens.
+        uniforms: (B, N) in [0, 1), the random number of each token.
+        guidance_schedule, temperature, top_k, top_p: see `sampling`.
+        codebook_sizes: entries that each position may use, of a tokenizer with nested codebooks. None: all.
+    """
+
+    def __init__(
+        self,
+        transformer: SpectralARTransformer,
+        class_labels: Tensor,
+        codes: Tensor,
+        uniforms: Tensor,
+        guidance_schedule: str = "constant",
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        codebook_sizes: Sequence[int] | None = None,
+    ) -> None:
+        self.transformer = transformer
+        self.class_labels = class_labels
+        self.codes = codes
+        self.uniforms = uniforms
+        self.guidance_schedule = guidance_schedule
+        self.filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.codebook_sizes = codebook_sizes
+        self._conditioning: Conditioning | None = None
+        self._cache: KVCache | None = None
+
+    def restart(self) -> None:
+        """To be called when tokens have been changed that earlier ones were sampled from."""
+        self._cache = None
+
+    @torch.no_grad()
+    def sample(self, index: int, guidance_scale: float) -> None:
+        """Samples token `index`, the first after those that are there; the scale may differ from token to token."""
+        logits = self._logits(index, guided=guidance_scale != 1)  # (B or 2B, K)
+        if logits.shape[0] > self.codes.shape[0]:
+            cond, uncond = logits.chunk(2)
+            w = guidance_at(index, self.transformer.config.num_tokens, guidance_scale, self.guidance_schedule)
+            logits = cond if w == 1 else guide(cond, uncond, w)
+        if self.codebook_sizes is not None:
+            logits[:, self.codebook_sizes[index] :] = -torch.inf
+        self.codes[:, index] = sample_tokens(logits, self.uniforms[:, index], **self.filters)
+
+    def _logits(self, index: int, guided: bool) -> Tensor:
+        batch = self.codes.shape[0]
+        if self._cache is None or (guided and self._conditioning.start.shape[0] == batch):
+            # The first token, or one after a change from outside: all tokens so far run at once.
+            labels = self.class_labels
+            if guided:
+                labels = torch.cat([labels, torch.full_like(labels, self.transformer.null_label)])  # (2B,)
+            self._conditioning = self.transformer.condition(labels)
+            self._cache = self.transformer.make_cache(labels.shape[0])
+            tokens, position = self.codes[:, :index], 0
+        else:
+            tokens, position = self.codes[:, index - 1 : index], index
+        tokens = tokens.repeat(self._conditioning.start.shape[0] // batch, 1)  # (B or 2B, T)
+        return self.transformer.step(tokens if tokens.shape[1] else None, position, self._conditioning, self._cache)

@@ -1,0 +1,78 @@
+"""Class labels: ids and names, as they come from a person -> class ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from numbers import Integral
+
+import numpy as np
+from torch import Tensor
+
+ClassLabels = int | str | Tensor | np.ndarray | Sequence["ClassLabels"]
+
+
+class LabelNames:
+    """The names of a model's classes, and the way back from a name to its class.
+
+    Args:
+        id2label: names by class id. One name, or several with commas between: the first is shown, all are
+            understood, and so is the whole. Ids may be strings, as JSON has them. None: the model has no names.
+        num_classes: ids are 0..num_classes-1.
+
+    Raises:
+        ValueError: if an id is none of these.
+    """
+
+    def __init__(self, id2label: Mapping[int | str, str] | None, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.id2label = dict(sorted((self._checked(int(key)), value) for key, value in (id2label or {}).items()))
+        self._ids: dict[str, set[int]] = {}  # by name, case folded
+        pairs = [(name.strip(), i) for i, value in self.id2label.items() for name in (value, *value.split(","))]
+        for name, i in pairs:
+            self._ids.setdefault(name.casefold(), set()).add(i)
+        self.unique = dict(sorted((name, i) for name, i in pairs if len(self._ids[name.casefold()]) == 1))
+
+    @property
+    def shown(self) -> list[str]:
+        """One name a class, in the order of the ids; the id itself where there is none."""
+        names = (self.id2label.get(i, str(i)) for i in range(self.num_classes))
+        return [name.split(",")[0].strip() for name in names]
+
+    def ids(self, labels: ClassLabels) -> list[int]:
+        """Class ids of labels: an id, a name in upper or lower case, a tensor or array of ids, or lists of all these.
+
+        Nested lists are flattened.
+
+        Raises:
+            ValueError: if a label is no class, or a name is that of several; says which are close.
+        """
+        if isinstance(labels, Tensor | np.ndarray):
+            labels = labels.tolist()
+        if isinstance(labels, list | tuple):
+            return [i for label in labels for i in self.ids(label)]
+        if isinstance(labels, str):
+            return [self._id_of(labels.strip())]
+        if isinstance(labels, Integral) and not isinstance(labels, bool):
+            return [self._checked(int(labels))]
+        raise ValueError(f"class labels must be class ids or names, got {labels!r}.")
+
+    def _checked(self, i: int) -> int:
+        if not 0 <= i < self.num_classes:
+            raise ValueError(f"class ids must be between 0 and {self.num_classes - 1}, got {i}.")
+        return i
+
+    def _id_of(self, name: str) -> int:
+        ids = self._ids.get(name.casefold(), set())
+        if len(ids) == 1:
+            return min(ids)
+        if ids:
+            raise ValueError(f"several classes are named {name!r}: give one of the ids {sorted(ids)}.")
+        if not self._ids:
+            raise ValueError(
+                f"this model has no class names, so {name!r} is none: give an id between 0 and {self.num_classes - 1}."
+            )
+        folded = {known.casefold(): known for known in self.unique}
+        close = [repr(folded[match]) for match in get_close_matches(name.casefold(), folded, n=3)]
+        hint = f"did you mean {' or '.join(close)}?" if close else "`pipe.labels` has all names."
+        raise ValueError(f"no class is named {name!r}: {hint}")

@@ -1,0 +1,482 @@
+"""SpectralARPipeline: class labels -> images, coarse to fine; images -> codes -> images of any prefix."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from PIL import Image
+from torch import Tensor
+
+from .generation import TokenGenerator
+from .image import ImageInput, to_model_input
+from .labels import ClassLabels, LabelNames
+from .sampling import check_sampling_arguments, draw_uniforms
+from .tokenizer import SpectralTokenizer
+from .transformer import SpectralARTransformer
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
+# Saved beside the weights, so that `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline",
+# trust_remote_code=True)` finds the class.
+PIPELINE_FILE = "from spectralar.pipeline import SpectralARPipeline  # noqa: F401\n"
+
+Images = list[Image.Image] | np.ndarray | Tensor
+
+
+@dataclass
+class SpectralARPipelineOutput(BaseOutput):
+    """What a call of the pipeline returns.
+
+    Args:
+        images: a list of B PIL images, an array (B, H, H, C) or a tensor (B, C, H, H) in [0, 1], or the codes.
+        codes: (B, n) int64.
+    """
+
+    images: Images
+    codes: Tensor
+
+
+@dataclass
+class SpectralARStep:
+    """One event of `SpectralARPipeline.stream`: the images of the prefix so far."""
+
+    index: int  # number of tokens so far
+    images: Images
+    codes: Tensor  # (B, index) int64
+
+
+@dataclass
+class _Run:
+    """The arguments of one generation, checked and on the device."""
+
+    class_labels: Tensor  # (B,) int64
+    codes: Tensor  # (B, n) int64, filled from the left; starts with the given prefix
+    prefix_length: int
+    uniforms: Tensor  # (B, N) in [0, 1)
+    guidance_scale: float
+    sampling: dict[str, Any]  # guidance_schedule, temperature, top_k, top_p
+    output_type: str
+    callback: Callable | None
+    callback_tensor_inputs: list[str]
+
+
+class SpectralARPipeline(DiffusionPipeline):
+    r"""
+    Class-conditional image generation by spectral tokens, coarse to fine (SpectralAR, arXiv 2506.10962).
+
+    This model inherits from [`DiffusionPipeline`]: see there for loading, saving and moving to a device. As all
+    pipelines it runs one call at a time; for several at once make one for each, which share the weights:
+    `SpectralARPipeline(**pipe.components, **pipe.parameters)`.
+
+    Parameters:
+        tokenizer ([`SpectralTokenizer`]): images to codes, and any prefix of the codes to images.
+        transformer ([`SpectralARTransformer`]): the autoregressive model of the codes.
+        id2label (`dict[int, str]`, *optional*): class names by id. One name, or several with commas between:
+            the first is shown, all are understood.
+    """
+
+    model_cpu_offload_seq = "transformer->tokenizer"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        tokenizer: SpectralTokenizer,
+        transformer: SpectralARTransformer,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        if tokenizer is not None and transformer is not None:  # one alone serves `encode` and `decode`
+            for name in ("codebook_size", "num_tokens"):
+                ours, theirs = tokenizer.config[name], transformer.config[name]
+                if ours != theirs:
+                    raise ValueError(f"{name} is {ours} in the tokenizer and {theirs} in the transformer.")
+        self.register_modules(tokenizer=tokenizer, transformer=transformer)
+        self._names = LabelNames(id2label, 0 if transformer is None else transformer.config.num_classes)
+        self.register_to_config(id2label=self._names.id2label or None)
+
+    # ------------------------------------------------------------------------------------------------ properties
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """All class names and their ids, in alphabetical order, without names that several classes share."""
+        return self._names.unique
+
+    @property
+    def class_names(self) -> list[str]:
+        """The name to show for each class, in the order of the ids; the id itself where there is none."""
+        return self._names.shown
+
+    def get_label_ids(self, class_labels: ClassLabels) -> list[int]:
+        """Class ids of labels, as `__call__` takes them; see `LabelNames.ids`."""
+        return self._names.ids(class_labels)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale != 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Tokens that the current call samples, or the last one did."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    # ------------------------------------------------------------------------------------------------ generation
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: ClassLabels,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float = 2.0,
+        guidance_schedule: str = "constant",
+        num_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        prefix_codes: Tensor | Sequence[Sequence[int]] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> SpectralARPipelineOutput | tuple[Images, Tensor]:
+        r"""
+        Generates images of classes.
+
+        Args:
+            class_labels: ids or names, one or a list; lists in it are flattened.
+            num_images_per_prompt: images of each label, next to each other in the result.
+            guidance_scale: w of classifier-free guidance, l_u + w (l_c - l_u) on the logits. 1 is off, and then the
+                unconditional rows are not computed; larger is more typical and less varied.
+            guidance_schedule: "constant", or "linear" or "cosine" from 1 at the first token to w at the last.
+            num_tokens: generate the first n tokens only, default all N. The image is the prefix of the one that
+                more tokens would give.
+            temperature: divides the logits; 0 takes the most likely token.
+            top_k: sample among the k most likely tokens; 0 is off.
+            top_p: sample among the most likely tokens that have this probability together; 1 is off.
+            prefix_codes: (R, k) tokens to start from instead of sampling them, k <= n. R is the number of images,
+                or the number of labels, or 1.
+            generator: one `torch.Generator`, or one an image. An image depends on its own random numbers only, not
+                on the others in the batch, nor does token t depend on whether a prefix was given.
+            output_type: "pil", "np" (B, H, H, C) and "pt" (B, C, H, H) in [0, 1], or "latent" for codes.
+            return_dict: False returns a tuple (images, codes).
+            callback_on_step_end: called as `callback(pipe, step, index, kwargs)` after each sampled token, index
+                being its position. `kwargs["latents"]` are the codes so far (B, index + 1); others that it returns
+                take their place. It may set `pipe._guidance_scale` and, to stop here, `pipe._interrupt = True`.
+            callback_on_step_end_tensor_inputs: which tensors the callback gets, of "latents".
+
+        Examples:
+
+        ```py
+        >>> pipe = SpectralARPipeline.from_pretrained("assets/models/fashion-mnist")
+        >>> out = pipe(["sneaker", 3], num_images_per_prompt=4, generator=torch.manual_seed(0))
+        >>> out.images[0]
+        ```
+
+        Returns:
+            [`SpectralARPipelineOutput`] or `tuple`: images and codes (B, n); fewer codes if interrupted.
+
+        Raises:
+            ValueError: if an argument is out of range; the message says what would be right.
+        """
+        run = self._prepare(
+            class_labels, num_images_per_prompt, guidance_scale, guidance_schedule, num_tokens, temperature, top_k,
+            top_p, prefix_codes, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        try:
+            for codes, _ in self._generate(run):  # noqa: B007
+                pass
+            images = codes if output_type == "latent" else self._to_output(self._decode(codes), output_type)
+        finally:
+            self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, codes
+        return SpectralARPipelineOutput(images=images, codes=codes)
+
+    def stream(
+        self,
+        class_labels: ClassLabels,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float = 2.0,
+        guidance_schedule: str = "constant",
+        num_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        prefix_codes: Tensor | Sequence[Sequence[int]] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        every: int = 1,
+    ) -> Iterator[SpectralARStep]:
+        r"""
+        Generates as `__call__` does, same arguments, and yields the images of the prefixes while they grow.
+
+        There is an event for each token count that `every` divides, for the last one and, with `prefix_codes`, for
+        the prefix itself. A token goes through the decoder once; the frames are `decode(codes, [1, .., n])`.
+        Closing the iterator stops the computation.
+
+        Raises:
+            ValueError: at once, not at the first event, if an argument is out of range.
+        """
+        if not isinstance(every, Integral) or every < 1:
+            raise ValueError(f"every must be an integer of at least 1, got {every}.")
+        run = self._prepare(
+            class_labels, num_images_per_prompt, guidance_scale, guidance_schedule, num_tokens, temperature, top_k,
+            top_p, prefix_codes, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        return self._stream(run, every)
+
+    @torch.no_grad()
+    def _stream(self, run: _Run, every: int) -> Iterator[SpectralARStep]:
+        decoder = None
+        try:
+            with closing(self._generate(run)) as tokens:
+                for codes, unchanged in tokens:
+                    index = codes.shape[1]
+                    if decoder is not None and unchanged < decoder.length:
+                        decoder = None  # a callback has replaced tokens that are decoded already
+                    ends = index in (run.prefix_length, run.codes.shape[1]) or self._interrupt
+                    if index % every and not ends:
+                        continue
+                    images = codes
+                    if run.output_type != "latent":
+                        self._onload(self.tokenizer)
+                        decoder = decoder or self.tokenizer.prefix_decoder(codes.shape[0])
+                        decoder.append(codes[:, decoder.length :])
+                        images = self._to_output(decoder.frame(), run.output_type)
+                    yield SpectralARStep(index, images, codes)
+        finally:
+            self.maybe_free_model_hooks()
+
+    def _generate(self, run: _Run) -> Iterator[tuple[Tensor, int]]:
+        """The token loop. Yields the codes so far (B, t), and how many of them are as they were the last time."""
+        self._guidance_scale, self._interrupt = run.guidance_scale, False
+        start, total = run.prefix_length, run.codes.shape[1]
+        self._num_timesteps = total - start
+        if start:
+            yield run.codes[:, :start].clone(), 0
+        generator = TokenGenerator(
+            self.transformer, run.class_labels, run.codes, run.uniforms,
+            codebook_sizes=self.tokenizer.quantizer.codebook_sizes, **run.sampling,
+        )  # fmt: skip
+        with self.progress_bar(total=total - start) as bar:
+            for index in range(start, total):
+                self._onload(self.transformer)
+                generator.sample(index, self._guidance_scale)  # which a callback may change
+                unchanged = self._call_back(run, index)
+                if unchanged < index:
+                    generator.restart()
+                bar.update()
+                yield run.codes[:, : index + 1].clone(), unchanged
+                if self._interrupt:
+                    break
+
+    def _call_back(self, run: _Run, index: int) -> int:
+        """Calls the callback, if any, after token `index`; how many of the codes are as they were before it."""
+        if run.callback is None:
+            return index
+        codes = run.codes[:, : index + 1]
+        given = {name: codes.clone() for name in run.callback_tensor_inputs}
+        returned = run.callback(self, index - run.prefix_length, index, given) or {}
+        latents = returned.get("latents", codes)
+        if latents.shape != codes.shape:
+            raise ValueError(f"the callback must return latents of shape {tuple(codes.shape)}, got {latents.shape}.")
+        latents = self.tokenizer._check_codes(latents).to(codes.device)
+        changed = (latents != codes).any(dim=0).nonzero()
+        codes.copy_(latents)
+        return min(index, int(changed[0])) if len(changed) else index
+
+    # ------------------------------------------------------------------------------------------------ codes
+
+    @torch.no_grad()
+    def encode(self, images: ImageInput) -> Tensor:
+        """Codes (B, N) int64 of images of any size and kind: PIL, numpy, torch, or a list of these.
+
+        They are turned upright, laid on white, made grey or RGB, centre-cropped and resized to the model's size;
+        `image.to_model_input` has the shapes and ranges of arrays.
+
+        Raises:
+            ValueError: if an image cannot be read, or its shape, type or range is none of these.
+        """
+        config = self.tokenizer.config
+        pixels = to_model_input(images, config.image_size, config.in_channels)  # (B, C, H, H)
+        try:
+            self._onload(self.tokenizer)
+            return self.tokenizer.encode(pixels.to(self._execution_device))
+        finally:
+            self.maybe_free_model_hooks()
+
+    @torch.no_grad()
+    def decode(
+        self,
+        codes: Tensor | Sequence[Sequence[int]],
+        num_tokens: int | Tensor | Sequence[int] | None = None,
+        output_type: str = "pt",
+    ) -> Images | list[list[Image.Image]]:
+        """Images of codes (B, n), or of prefixes of them, clamped to [0, 1]; `pipe.tokenizer.decode` does not clamp.
+
+        Args:
+            codes: (B, n) in 0..K-1, n <= N.
+            num_tokens: prefix length: an int (default n), a tensor (B,) with one an image, or a list of S ints.
+            output_type: "pt" (B, C, H, H), "np" (B, H, H, C) or "pil", a list of B images. With a list of prefix
+                lengths (B, S, C, H, H), (B, S, H, H, C), and for each of the B images a list of S.
+
+        Raises:
+            ValueError: if codes, prefix lengths or the output type are out of range.
+        """
+        if output_type not in OUTPUT_TYPES[:-1]:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES[:-1])}, got {output_type!r}.")
+        try:
+            return self._to_output(self._decode(self._as_codes(codes, "codes"), num_tokens), output_type)
+        finally:
+            self.maybe_free_model_hooks()
+
+    def _decode(self, codes: Tensor, num_tokens: int | Tensor | Sequence[int] | None = None) -> Tensor:
+        self._onload(self.tokenizer)
+        return self.tokenizer.decode(codes, num_tokens)
+
+    def _to_output(self, x: Tensor, output_type: str) -> Images | list[list[Image.Image]]:
+        """Images (..., C, H, H) in [-1, 1] as the caller wants them."""
+        x = (x / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return x
+        array = x.movedim(-3, -1).float().cpu().numpy()  # (..., H, H, C)
+        if output_type == "np":
+            return array
+        return self.numpy_to_pil(array) if array.ndim == 4 else [self.numpy_to_pil(frames) for frames in array]
+
+    # ------------------------------------------------------------------------------------------------ arguments
+
+    def _prepare(
+        self, class_labels, num_images_per_prompt, guidance_scale, guidance_schedule, num_tokens, temperature, top_k,
+        top_p, prefix_codes, generator, output_type, callback, callback_tensor_inputs,
+    ) -> _Run:  # fmt: skip
+        """Checks the arguments of a generation and draws its random numbers."""
+        limit = self.transformer.config.num_tokens
+        num_tokens = limit if num_tokens is None else num_tokens
+        if not isinstance(num_tokens, Integral) or not 1 <= num_tokens <= limit:
+            raise ValueError(f"num_tokens must be an integer between 1 and {limit}, got {num_tokens}.")
+        if not isinstance(num_images_per_prompt, Integral) or num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be an integer of at least 1, got {num_images_per_prompt}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+        codebook_size = self.transformer.config.codebook_size
+        check_sampling_arguments(codebook_size, temperature, top_k, top_p, guidance_scale, guidance_schedule)
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            callback_tensor_inputs = callback.tensor_inputs
+        if unknown := set(callback_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs may name {self._callback_tensor_inputs}, not {sorted(unknown)}."
+            )
+        ids = self.get_label_ids(class_labels)
+        if not ids:
+            raise ValueError("at least one class label is needed.")
+        device = self._execution_device
+        labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)  # (B,)
+        codes = torch.zeros(len(labels), num_tokens, dtype=torch.int64, device=device)
+        prefix_length = 0
+        if prefix_codes is not None:
+            prefix = self._as_prefix(prefix_codes, len(ids), num_images_per_prompt, num_tokens)  # (B, k)
+            prefix_length = prefix.shape[1]
+            codes[:, :prefix_length] = prefix
+        # All N numbers, however many are used: an image is a prefix of the one with more tokens.
+        uniforms = draw_uniforms(len(labels), limit, generator, device)
+        sampling = {
+            "guidance_schedule": guidance_schedule, "temperature": temperature, "top_k": top_k, "top_p": top_p
+        }  # fmt: skip
+        return _Run(
+            labels, codes, prefix_length, uniforms, guidance_scale, sampling, output_type, callback,
+            list(callback_tensor_inputs),
+        )  # fmt: skip
+
+    def _as_prefix(self, prefix_codes, num_labels: int, num_images_per_prompt: int, num_tokens: int) -> Tensor:
+        """Prefix codes with a row for each image: (R, k) -> (B, k)."""
+        batch = num_labels * num_images_per_prompt
+        prefix = self._as_codes(prefix_codes, "prefix_codes")
+        if prefix.ndim != 2 or prefix.shape[0] not in (1, num_labels, batch) or prefix.shape[1] > num_tokens:
+            rows = ", ".join(map(str, sorted({1, num_labels, batch})))
+            raise ValueError(
+                f"prefix_codes must have shape (R, k) with R of {rows} and k of at most {num_tokens} tokens, "
+                f"got {tuple(prefix.shape)}."
+            )
+        if prefix.shape[1]:
+            prefix = self.tokenizer._check_codes(prefix)
+        return prefix.repeat_interleave(batch // prefix.shape[0], dim=0)
+
+    def _as_codes(self, codes: Tensor | Sequence[Sequence[int]], name: str) -> Tensor:
+        """Codes from a tensor, an array or nested lists (JSON), on the device of the pipeline."""
+        try:
+            return torch.as_tensor(codes, device=self._execution_device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} must be a rectangular array of integers: {error}.") from error
+
+    def _onload(self, module: torch.nn.Module) -> None:
+        """Moves a component to its device under model offloading, whose hooks know of `forward` only."""
+        if hasattr(module, "_hf_hook"):
+            module._hf_hook.pre_forward(module)
+
+    # ------------------------------------------------------------------------------------------------ files
+
+    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs) -> None:
+        """As `DiffusionPipeline.save_pretrained`, to safetensors only, with a `pipeline.py` for the generic loader:
+
+        `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)`
+        """
+        if not safe_serialization:
+            raise ValueError("a pipeline is saved to safetensors only: leave safe_serialization at True.")
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / "pipeline.py").write_text(PIPELINE_FILE)
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> SpectralARPipeline:
+        """As `DiffusionPipeline.from_pretrained`, from a folder or a Hub id, safetensors only.
+
+        A Hub id is downloaded first: diffusers itself loads components from outside the library from folders only.
+
+        Raises:
+            ValueError: if it is neither a folder nor a Hub id.
+        """
+        if not kwargs.setdefault("use_safetensors", True):
+            raise ValueError("a pipeline is loaded from safetensors only: leave use_safetensors at True.")
+        folder = pretrained_model_name_or_path
+        if not os.path.isdir(folder):
+            folder = _download(str(folder), kwargs)
+        return super().from_pretrained(folder, **kwargs)
+
+
+def _download(repo_id: str, kwargs: dict[str, Any]) -> str:
+    """The local folder of a Hub repository's files; takes the arguments of the download out of `kwargs`."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is neither a folder nor a Hub id such as 'owner/name'.") from error
+    download = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+    # Weights of other variants have their name between two dots: diffusion_pytorch_model.fp16.safetensors.
+    others = ["*/*.*.safetensors"] if kwargs.get("variant") is None else []
+    return snapshot_download(
+        repo_id, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=others, **download
+    )
