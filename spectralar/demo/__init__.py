@@ -1,0 +1,1 @@
+"""The demo page (Gradio): one file a tab, one component for everything that is scrubbed."""

@@ -1,0 +1,54 @@
+"""Settings in the page's address: a link opens the page as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+MAX_LENGTH = 2000
+
+
+class Link(NamedTuple):
+    """A component whose value stands in the address as `name`."""
+
+    name: str
+    component: gr.components.Component
+
+
+def from_query(component: gr.components.Component, text: str) -> Any:
+    """The value that `text` means for a component, or None if it is none: an address is typed by anybody."""
+    if len(text) > MAX_LENGTH:
+        return None
+    if isinstance(component, gr.Dropdown):
+        return next((value for _, value in component.choices if str(value) == text), None)
+    if isinstance(component, gr.Slider | gr.Number):
+        try:
+            number = float(text)
+        except ValueError:
+            return None
+        low, high = component.minimum, component.maximum
+        if not math.isfinite(number) or (low is not None and number < low) or (high is not None and number > high):
+            return None
+        return int(number) if number == int(number) else number
+    return text
+
+
+def restore(links: Sequence[Link], query: Mapping[str, str]) -> list[Any]:
+    """Updates for the components of all links from the query of a request; what is not valid is left alone."""
+    values = [from_query(component, query[name]) if name in query else None for name, component in links]
+    return [gr.skip() if value is None else value for value in values]
+
+
+def write_script(names: Sequence[str]) -> str:
+    """JavaScript that puts the values it is called with into the address, without asking the server."""
+    return (
+        "(...values) => { const query = new URLSearchParams(location.search); "
+        f"{json.dumps(list(names))}.forEach((name, i) => {{ "
+        "const v = values[i]; if (v === null || v === undefined || v === '') query.delete(name); "
+        "else query.set(name, v); }); "
+        "history.replaceState(history.state, '', location.pathname + '?' + query + location.hash); }"
+    )

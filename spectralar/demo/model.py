@@ -1,0 +1,124 @@
+"""The loaded model as the page sees it: where models come from, where they run, one call for a stream of frames."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..pipeline import SpectralARPipeline
+
+MAX_SEED = 2**31 - 1
+
+
+class Frame(NamedTuple):
+    """The images of one prefix length."""
+
+    k: int
+    images: np.ndarray  # (B, H, H) uint8 of a grey model, (B, H, H, 3) of a colour one
+    codes: list[list[int]]  # B lists of k codes
+    sampled: int  # tokens sampled so far, without those of a given prefix
+    seconds: float  # since sampling began
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """Images (..., C, H, W) in [0, 1] -> uint8 (..., H, W) for one channel, (..., H, W, 3) for three."""
+    # The same steps as the pipeline's own way to PIL images: what the page shows is what its code gives.
+    x = (images.movedim(-3, -1).float().cpu().numpy() * 255).round().astype(np.uint8)
+    return x[..., 0] if x.shape[-1] == 1 else x
+
+
+def best_device() -> str:
+    """cuda, mps or cpu, the first there is."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def on_gpu(function: Callable) -> Callable:
+    """`spaces.GPU` where the package is there (ZeroGPU lends a GPU for the call); else the function itself."""
+    try:
+        import spaces
+    except ImportError:
+        return function
+    return spaces.GPU(duration=60)(function)
+
+
+@dataclass
+class Model:
+    """A pipeline with its name and the numbers that all tabs need.
+
+    Args:
+        name: of the model's folder, or its Hub id.
+        pipe: the pipeline, on its device.
+        source: what `from_pretrained` takes to load it again, for the code that the page hands out.
+    """
+
+    name: str
+    pipe: SpectralARPipeline
+    source: str
+
+    def __post_init__(self) -> None:
+        config = self.pipe.tokenizer.config
+        self.image_size: int = config.image_size
+        self.channels: int = config.in_channels
+        self.num_tokens: int = config.num_tokens
+        self.codebook_size: int = config.codebook_size
+        self.cutoffs: tuple[int, ...] = self.pipe.tokenizer.cutoffs
+        self.class_names: list[str] = self.pipe.class_names
+        self.frames = on_gpu(self._frames)
+
+    @classmethod
+    def load(cls, source: str | Path, device: str | None = None) -> Model:
+        """Loads a saved pipeline from a folder or a Hub id onto `device` (default: the best there is)."""
+        pipe = SpectralARPipeline.from_pretrained(source).to(device or best_device())
+        pipe.set_progress_bar_config(disable=True)
+        is_folder = Path(source).is_dir()
+        return cls(Path(source).name if is_folder else str(source), pipe, Path(source).as_posix())
+
+    def label(self, text: str) -> int:
+        """Class id of what the page or a client sends: a name, or an id as digits.
+
+        Raises:
+            ValueError: if there is no such class; names close ones.
+        """
+        try:
+            return self.pipe.get_label_ids(text)[0]
+        except ValueError:
+            if text.strip().isdecimal():
+                return self.pipe.get_label_ids(int(text))[0]
+            raise
+
+    def _frames(self, class_id: int, count: int, seed: int, **arguments: Any) -> Iterator[Frame]:
+        """Samples `count` images of a class and yields their frame after each token, k = 1, 2, ..
+
+        The arguments are those of `SpectralARPipeline.stream`. The frames inside a given prefix come first.
+        """
+        # Pipelines keep the state of a call: one for each call, on the same weights, lets visitors run side by side.
+        pipe = SpectralARPipeline(**self.pipe.components, **self.pipe.parameters)
+        pipe.set_progress_bar_config(disable=True)
+        prefix = arguments.get("prefix_codes")
+        if prefix:
+            for k, image in enumerate(pipe.decode(prefix, list(range(1, len(prefix[0]) + 1)))[0][:-1], start=1):
+                yield Frame(k, np.repeat(to_pixels(image[None]), count, axis=0), [prefix[0][:k]] * count, 0, 0)
+        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same everywhere
+        steps = pipe.stream(
+            class_id, num_images_per_prompt=count, generator=generator, output_type="pt", **arguments
+        )
+        begin = time.perf_counter()
+        with closing(steps):  # a visitor who stops or leaves stops the computation with it
+            for step in steps:
+                sampled = step.index - (len(prefix[0]) if prefix else 0)
+                yield Frame(step.index, to_pixels(step.images), step.codes.tolist(), sampled, time.perf_counter() - begin)
+
+
+def find_models(folder: Path) -> list[Path]:
+    """Folders of saved pipelines in `folder`, in alphabetical order."""
+    return sorted(path.parent for path in folder.glob("*/model_index.json"))

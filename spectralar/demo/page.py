@@ -1,0 +1,95 @@
+"""The page: tabs, address, theme, and the options it is launched with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gradio as gr
+
+from . import generate, reconstruct
+from .links import restore, write_script
+from .model import Model
+from .scrubber import CSS as SCRUBBER_CSS
+
+# One module a tab: TITLE, and build(model), which lays it out and returns the links of its settings.
+TABS: Sequence[ModuleType] = (generate, reconstruct)
+
+PAPER = "https://arxiv.org/abs/2506.10962"
+SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
+SYSTEM_MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
+HOUR = 3600
+
+# What the visitor's link asked for is run as if it had been clicked.
+RUN_LINK = (
+    "() => { const query = new URLSearchParams(location.search); "
+    "if (query.has('seed') && (query.get('tab') || 'generate') === 'generate') "
+    "document.querySelector('#generate')?.click(); }"
+)
+
+
+def build(model: Model) -> gr.Blocks:
+    """The whole page for a model."""
+    with gr.Blocks(title="SpectralAR", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as demo:
+        gr.HTML(
+            '<header class="masthead"><h1>SpectralAR</h1><p>Images generated from low to high frequency, one spectral '
+            f'token at a time. Unofficial implementation of <a href="{PAPER}" target="_blank" rel="noopener">arXiv '
+            f"2506.10962</a>; model {_escaped(model.name)}.</p></header>",
+            padding=False,
+        )
+        slugs = [tab.__name__.rpartition(".")[2] for tab in TABS]
+        links = []
+        with gr.Tabs(elem_id="tabs") as tabs:
+            for slug, tab in zip(slugs, TABS, strict=True):
+                with gr.Tab(tab.TITLE, id=slug, elem_id=f"tab-{slug}") as item:
+                    tab_links = tab.build(model)
+                links += tab_links
+                item.select(None, js=f"() => {{ ({write_script(['tab'])})('{slug}') }}")
+                components = [link.component for link in tab_links]
+                if tab_links:
+                    gr.on(
+                        [component.change for component in components], None, components,
+                        js=write_script([link.name for link in tab_links]),
+                    )  # fmt: skip
+
+        def open_link(request: gr.Request) -> list[Any]:
+            query = dict(request.query_params)
+            slug = query.get("tab")
+            return [gr.Tabs(selected=slug) if slug in slugs else gr.skip(), *restore(links, query)]
+
+        demo.load(
+            open_link, None, [tabs, *(link.component for link in links)],
+            api_visibility="private", show_progress="hidden", queue=False,
+        ).success(None, js=RUN_LINK)  # fmt: skip
+    return demo.queue(max_size=64, api_open=False)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def launch_options() -> dict[str, Any]:
+    """Arguments of `Blocks.launch`: the look, and nothing stored, watched or fetched from elsewhere."""
+    theme = gr.themes.Default(
+        primary_hue="indigo", neutral_hue="slate", radius_size="md", font=list(SYSTEM_FONTS), font_mono=list(SYSTEM_MONO)
+    ).set(
+        block_shadow="none",
+        button_primary_shadow="none",
+        button_secondary_shadow="none",
+        body_background_fill="white",
+        body_background_fill_dark="*neutral_950",
+        block_border_width="1px",
+    )
+    return {
+        "theme": theme,
+        "css": SCRUBBER_CSS + (Path(__file__).parent / "style.css").read_text(encoding="utf-8"),
+        "footer_links": ["api"],
+        "run_history": False,
+        "enable_monitoring": False,
+        "max_file_size": "40mb",
+        "state_session_capacity": 500,
+        "ssr_mode": False,
+        "mcp_server": False,
+    }

@@ -1,0 +1,4 @@
+"""The Reconstruct tab."""
+TITLE = "Reconstruct"
+def build(model):
+    return []

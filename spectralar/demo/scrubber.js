@@ -1,0 +1,376 @@
+// Runs once for each scrubber (gr.HTML's js_on_load): `element`, `props`, `watch` and `trigger` come from Gradio.
+// All frames are in props.value; nothing here asks the server for anything, except on a click on an action.
+
+const find = (selector) => element.querySelector(selector);
+const stage = find('.stage'), tokenStage = find('.of-token'), slider = find('.slider'), playButton = find('.play');
+const reads = Object.fromEntries([...element.querySelectorAll('[data-read]')].map((node) => [node.dataset.read, node]));
+const PLAY_SECONDS = 4; // from the first to the last token, at speed 1
+const ICONS = { play: 'M4 2.5v11l9-5.5z', pause: 'M3.5 2.5h3v11h-3zm6 0h3v11h-3z' };
+
+let value = null; // the latest value
+let bitmaps = []; // one decoded strip for each prefix length, null until it is ready
+let tiles = []; // {canvas, node, ofToken} in the strip's order
+let k = 0; // prefix length shown; 0: nothing yet
+let following = true; // stay at the newest frame
+let chosen = 0; // index of the chosen picture
+let hovered = null; // token under the pointer
+let player = null; // animation frame of the player
+
+function make(tag, className, text) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+
+// ---------------------------------------------------------------------------------------------- frames
+
+async function decode(url, index, id) {
+  const bytes = Uint8Array.from(atob(url.slice(url.indexOf(',') + 1)), (c) => c.charCodeAt(0));
+  const type = url.slice(5, url.indexOf(';'));
+  const bitmap = await createImageBitmap(new Blob([bytes], { type }));
+  if (!value || value.id !== id) return; // a newer run has begun
+  bitmaps[index] = bitmap;
+  if (following || index + 1 === k) show(following ? newest() : k);
+  else paintTrack();
+}
+
+function newest() {
+  // Frames may be decoded out of order: only an unbroken run from the first counts.
+  let n = 0;
+  while (bitmaps[n]) n++;
+  return n;
+}
+
+function receive() {
+  const next = props.value;
+  if (!next) return;
+  const fresh = !value || value.id !== next.id;
+  const before = value;
+  value = next;
+  if (fresh) begin(before);
+  for (let i = bitmaps.length; i < next.frames.length; i++) {
+    bitmaps.push(null);
+    decode(next.frames[i], i, next.id);
+  }
+  find('.status').textContent = next.status;
+  if (!next.busy && (fresh || (before && before.busy))) find('[role=status]').textContent = next.status;
+  drawChips();
+  drawCharts(fresh);
+  refresh();
+}
+
+function begin(before) {
+  const keep = value.keep_place && before;
+  stop();
+  bitmaps = [];
+  if (!keep) k = 0;
+  following = !keep || k >= value.cutoffs.length;
+  const count = value.groups[0].captions.length;
+  if (!keep || chosen >= count) chosen = 0;
+  const shape = (v) => v && JSON.stringify([v.groups, v.selectable]);
+  if (shape(before) !== shape(value)) buildTiles();
+  slider.max = value.cutoffs.length;
+  find('.chips').replaceChildren();
+}
+
+// ---------------------------------------------------------------------------------------------- pictures
+
+function buildTiles() {
+  tiles = [];
+  stage.replaceChildren();
+  tokenStage.replaceChildren();
+  value.groups.forEach((group, g) => {
+    const row = make('div', 'row');
+    row.setAttribute('role', 'group');
+    if (group.title) row.setAttribute('aria-label', group.title);
+    group.captions.forEach((caption, i) => {
+      const choice = value.selectable && g === 0;
+      const node = make(choice ? 'button' : 'figure', 'tile');
+      const canvas = make('canvas');
+      canvas.setAttribute('role', 'img');
+      node.append(canvas);
+      if (choice) {
+        node.type = 'button';
+        node.addEventListener('click', () => { if (!dragged) choose(i); });
+      } else if (caption) node.append(make('figcaption', '', caption));
+      row.append(node);
+      tiles.push({ canvas, node, ofToken: !!group.of_token, caption: caption || group.title || '', group: g });
+    });
+    (group.of_token ? tokenStage : stage).append(row);
+  });
+  fit();
+}
+
+// The largest tiles that fit the width and a part of the window's height, in whole screen pixels for each pixel.
+function fit() {
+  if (!tiles.length) return;
+  const gap = 8, width = element.clientWidth, scale = window.devicePixelRatio || 1;
+  const rows = value.groups.filter((group) => !group.of_token);
+  const maxHeight = Math.max(220, Math.min(520, window.innerHeight * 0.55));
+  const captions = value.selectable ? 0 : 18;
+  let best = 0;
+  const widest = Math.max(...rows.map((group) => group.captions.length));
+  for (let columns = 1; columns <= widest; columns++) {
+    if (rows.length > 1 && columns === 3 && widest === 4) continue; // four belong together: 1, 2 or 4 a line
+    const lines = rows.reduce((n, group) => n + Math.ceil(group.captions.length / columns), 0);
+    const byWidth = (width - gap * (columns - 1)) / columns;
+    const byHeight = (maxHeight - gap * (lines - 1)) / lines - captions;
+    // Rows of comparisons may be scrolled on a narrow screen (the controls stay in view); a sheet should be seen whole.
+    best = Math.max(best, Math.min(byWidth, rows.length > 1 ? Math.max(byHeight, Math.min(150, byWidth)) : byHeight));
+  }
+  const pixels = value.image_size;
+  const whole = Math.floor((best * scale) / pixels) * pixels / scale;
+  const tile = whole > best * 0.6 ? whole : Math.floor(best);
+  stage.style.setProperty('--tile', tile + 'px');
+  tokenStage.style.setProperty('--tile', Math.min(tile, 128, Math.floor((width - 24) / 4)) + 'px');
+}
+
+function paint() {
+  const at = bitmaps[k - 1];
+  const token = bitmaps[(hovered || k) - 1] || at;
+  tiles.forEach((tile, i) => {
+    const strip = tile.ofToken ? token : at;
+    if (!strip) return;
+    const side = strip.height, context = tile.canvas.getContext('2d');
+    if (tile.canvas.width !== side) tile.canvas.width = tile.canvas.height = side;
+    context.imageSmoothingEnabled = false;
+    context.clearRect(0, 0, side, side);
+    context.drawImage(strip, i * side, 0, side, side, 0, 0, side, side);
+    const what = tile.caption || 'image ' + (i + 1);
+    tile.canvas.setAttribute('aria-label', what + ', ' + (tile.ofToken ? 'token ' + (hovered || k) : 'first ' + k + ' tokens'));
+  });
+}
+
+function choose(index) {
+  chosen = index;
+  find('.chips').replaceChildren();
+  drawChips();
+  refresh();
+}
+
+// ---------------------------------------------------------------------------------------------- place
+
+function show(next) {
+  const last = newest();
+  k = Math.max(0, Math.min(next, last));
+  paint();
+  refresh();
+}
+
+function moveTo(next) {
+  const last = newest();
+  next = Math.max(1, Math.min(next, last));
+  following = next >= last;
+  show(next);
+}
+
+function figure(node, big, small) {
+  node.replaceChildren(document.createTextNode(big + ' '), make('small', '', small));
+}
+
+function refresh() {
+  const N = value ? value.cutoffs.length : 0;
+  const ready = k > 0;
+  slider.disabled = playButton.disabled = !ready;
+  if (ready) {
+    const r = value.cutoffs[k - 1], before = k > 1 ? value.cutoffs[k - 2] : 0, H = value.image_size;
+    slider.value = k;
+    figure(reads.k, k, 'of ' + N);
+    figure(reads.cutoff, r, 'of ' + H);
+    if (r > before) figure(reads.band, before === r - 1 ? before : before + '–' + (r - 1), '');
+    else figure(reads.band, '', 'none, refines');
+    figure(reads.bits, Math.round(value.bits[k - 1]), 'of ' + Math.round(value.bits[N - 1]));
+    slider.setAttribute('aria-valuetext', k + ' of ' + N + ' tokens, cutoff ' + r + ' of ' + H + ', ' + Math.round(value.bits[k - 1]) + ' bits');
+  }
+  paintTrack();
+  tiles.forEach((tile, i) => {
+    if (tile.node.tagName !== 'BUTTON') return;
+    tile.node.setAttribute('aria-pressed', String(i === chosen && tiles.filter((t) => t.group === 0).length > 1));
+  });
+  for (const button of find('.actions').children) {
+    button.textContent = button.dataset.label.replace('{image}', chosen + 1).replace('{k}', ready ? k : '…');
+    button.disabled = !ready || value.busy;
+  }
+  [...find('.chips').children].forEach((chip, i) => {
+    chip.classList.toggle('ahead', i + 1 > k);
+    chip.setAttribute('aria-current', String(i + 1 === k));
+  });
+  markCharts();
+}
+
+function paintTrack() {
+  if (!value) return;
+  const N = value.cutoffs.length, part = (n) => (N > 1 ? (100 * Math.max(0, n - 1)) / (N - 1) : 100) + '%';
+  slider.style.setProperty('--at', part(k));
+  slider.style.setProperty('--loaded', part(newest()));
+}
+
+function play() {
+  if (player !== null) return stop();
+  if (k >= newest()) moveTo(1);
+  following = false;
+  let from = k, start = null;
+  playButton.querySelector('path').setAttribute('d', ICONS.pause);
+  playButton.setAttribute('aria-label', 'Pause');
+  let speed = null;
+  const step = (now) => {
+    const wanted = Number(find('select').value);
+    if (speed !== wanted) { speed = wanted; from = k; start = now; } // go on from here at the new speed
+    const next = from + Math.floor(((now - start) / 1000) * speed * (value.cutoffs.length / PLAY_SECONDS));
+    if (next !== k) show(Math.max(next, k));
+    if (k >= newest()) { following = true; return stop(); }
+    player = requestAnimationFrame(step);
+  };
+  player = requestAnimationFrame(step);
+}
+
+function stop() {
+  if (player !== null) cancelAnimationFrame(player);
+  player = null;
+  playButton.querySelector('path').setAttribute('d', ICONS.play);
+  playButton.setAttribute('aria-label', 'Play');
+}
+
+// ---------------------------------------------------------------------------------------------- tokens
+
+function drawChips() {
+  find('.tokens').hidden = !value.codes.length;
+  const chips = find('.chips');
+  for (let i = chips.children.length; i < value.codes.length; i++) {
+    const r = value.cutoffs[i], before = i ? value.cutoffs[i - 1] : 0;
+    const band = r > before ? (before === r - 1 ? String(before) : before + '–' + (r - 1)) : '=';
+    const chip = make('button', 'chip');
+    chip.type = 'button';
+    const code = value.codes[i][Math.min(chosen, value.codes[i].length - 1)];
+    chip.append(make('span', '', String(i + 1)), make('b', '', String(code)), make('small', '', band));
+    chip.setAttribute('aria-label', 'Token ' + (i + 1) + ', code ' + code + (r > before ? ', opens band ' + band : ', opens no band'));
+    chip.title = chip.getAttribute('aria-label');
+    chip.addEventListener('click', () => { stop(); moveTo(i + 1); trigger('token', { k: i + 1, image: chosen }); });
+    for (const [event, token] of [['pointerenter', i + 1], ['focus', i + 1], ['pointerleave', null], ['blur', null]]) {
+      chip.addEventListener(event, () => { hovered = token; paint(); });
+    }
+    chips.append(chip);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- charts
+
+let marks = []; // what moves with k: {line, values: [{node, series}], unit}
+
+function drawCharts(fresh) {
+  const charts = value.charts;
+  if (!fresh && marks.length === charts.length) return;
+  marks = [];
+  find('.charts').replaceChildren(...charts.map((chart) => {
+    const N = value.cutoffs.length, x = (i) => (N > 1 ? i / (N - 1) : 0.5);
+    const all = chart.series.flatMap((series) => series.values).filter((v) => v !== null);
+    let low = chart.low ?? Math.min(...all), high = chart.high ?? Math.max(...all);
+    if (!(high > low)) { low -= 1; high += 1; }
+    const box = make('div', 'chart'), plot = make('div', 'plot'), list = make('ul');
+    const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
+    svg.setAttribute('viewBox', '0 0 1 1');
+    svg.setAttribute('preserveAspectRatio', 'none');
+    svg.setAttribute('role', 'img');
+    svg.setAttribute('aria-label', chart.title);
+    const values = chart.series.map((series, s) => {
+      const path = document.createElementNS(svg.namespaceURI, 'path');
+      let d = '', pen = 'M';
+      series.values.forEach((v, i) => {
+        if (v === null) { pen = 'M'; return; }
+        d += pen + x(i).toFixed(4) + ' ' + (1 - (v - low) / (high - low)).toFixed(4);
+        pen = 'L';
+      });
+      path.setAttribute('d', d);
+      path.setAttribute('class', 's' + s);
+      svg.append(path);
+      const item = make('li'), node = make('b');
+      item.append(make('i', 's' + s), make('span', '', series.name), node);
+      list.append(item);
+      return { node, series };
+    });
+    const line = document.createElementNS(svg.namespaceURI, 'line');
+    line.setAttribute('y1', 0);
+    line.setAttribute('y2', 1);
+    svg.append(line);
+    const top = make('span', 'limit', high.toFixed(chart.digits)), bottom = make('span', 'limit', low.toFixed(chart.digits));
+    top.style.top = '2px';
+    bottom.style.bottom = '2px';
+    plot.append(svg, top, bottom);
+    const seek = (event) => {
+      const area = plot.getBoundingClientRect();
+      stop();
+      moveTo(1 + Math.round(((event.clientX - area.left) / area.width) * (N - 1)));
+    };
+    plot.addEventListener('pointerdown', seek);
+    plot.addEventListener('pointermove', (event) => { if (event.buttons) seek(event); });
+    box.append(make('h4', '', chart.title), plot, list);
+    marks.push({ line, values, chart, x });
+    return box;
+  }));
+}
+
+function markCharts() {
+  for (const { line, values, chart, x } of marks) {
+    line.setAttribute('x1', x(k - 1));
+    line.setAttribute('x2', x(k - 1));
+    for (const { node, series } of values) {
+      const v = series.values[k - 1];
+      node.textContent = v === undefined ? '' : v === null ? 'cannot go this low' : v.toFixed(chart.digits) + (chart.unit ? ' ' + chart.unit : '');
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- input
+
+let dragged = false, pressedAt = null;
+stage.addEventListener('pointerdown', (event) => { pressedAt = { x: event.clientX, k }; dragged = false; });
+window.addEventListener('pointermove', (event) => {
+  if (!pressedAt || !event.buttons || !k) return;
+  const distance = event.clientX - pressedAt.x;
+  if (!dragged && Math.abs(distance) < 8) return;
+  dragged = true;
+  stop();
+  moveTo(pressedAt.k + Math.round((distance / Math.max(200, stage.clientWidth * 0.7)) * value.cutoffs.length));
+});
+window.addEventListener('pointerup', () => { pressedAt = null; });
+
+slider.addEventListener('input', () => { stop(); moveTo(Number(slider.value)); });
+playButton.addEventListener('click', play);
+element.addEventListener('keydown', (event) => {
+  if (event.target.matches('select') || event.ctrlKey || event.metaKey || event.altKey || !k) return;
+  const onSlider = event.target === slider;
+  const moves = { ArrowLeft: -1, ArrowRight: 1 };
+  if (event.key === ' ' && onSlider) play();
+  else if (event.key in moves && !onSlider) { stop(); moveTo(k + moves[event.key]); }
+  else return;
+  event.preventDefault();
+});
+
+for (const action of props.actions || []) {
+  const button = make('button', '', action.label);
+  button.type = 'button';
+  button.dataset.label = action.label;
+  button.addEventListener('click', () => {
+    if (action.name === 'save') return save();
+    trigger('action', { name: action.name, image: chosen, k });
+  });
+  find('.actions').append(button);
+}
+
+// The chosen picture as it is shown, in its own pixels.
+function save() {
+  tiles[chosen].canvas.toBlob((blob) => {
+    const link = make('a');
+    link.href = URL.createObjectURL(blob);
+    link.download = value.name + '-' + (chosen + 1) + '-k' + k + '.png';
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  }, 'image/png');
+}
+
+if (props.empty) stage.append(make('p', 'empty', props.empty));
+new ResizeObserver(fit).observe(element);
+watch('value', receive);
+receive();
+if (!value) refresh();

@@ -1,0 +1,150 @@
+"""The frame scrubber: all prefix frames of some images under one slider, drawn entirely in the browser.
+
+Every tab shows its pictures through this component. The server sends one strip of tiles for each prefix length, once;
+after that the slider, the keys, play and touch ask the server for nothing. While a model samples, strips are appended
+to a list, so that only the new ones travel (Gradio sends differences of a value).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+_FOLDER = Path(__file__).parent
+TEMPLATE = (_FOLDER / "scrubber.html").read_text(encoding="utf-8")
+SCRIPT = (_FOLDER / "scrubber.js").read_text(encoding="utf-8")
+CSS = (_FOLDER / "scrubber.css").read_text(encoding="utf-8")
+
+# A message with all strips must stay below 8 MB; base64 takes 4/3, the rest of the value little.
+MAX_TOTAL_BYTES = 5_500_000
+
+
+class StripEncoder:
+    """Encodes strips within a byte budget: lossless WebP where it fits, lossy where not, then smaller tiles.
+
+    A step down holds for all later strips, so that a picture does not change in quality back and forth.
+
+    Args:
+        num_strips: strips that will be sent in one value, N.
+        max_total_bytes: for all of them together.
+    """
+
+    def __init__(self, num_strips: int, max_total_bytes: int = MAX_TOTAL_BYTES) -> None:
+        self.budget = max_total_bytes // num_strips
+        self.lossless = True
+        self.reduction = 1
+
+    def encode(self, tiles: Sequence[np.ndarray] | np.ndarray) -> str:
+        """Tiles, each (H, H) or (H, H, 3) uint8 -> a data URL of one strip, tiles from left to right."""
+        strip = _strip(tiles)
+        while True:
+            data = self._compress(strip)
+            if len(data) <= self.budget or len(tiles[0]) // self.reduction <= 8:
+                return "data:image/webp;base64," + base64.b64encode(data).decode("ascii")
+            if self.lossless:
+                self.lossless = False
+            else:
+                self.reduction *= 2
+
+    def _compress(self, strip: Image.Image) -> bytes:
+        if self.reduction > 1:
+            strip = strip.reduce(self.reduction)
+        options = {"lossless": True, "quality": 0, "method": 0} if self.lossless else {"quality": 85, "method": 2}
+        buffer = io.BytesIO()
+        strip.save(buffer, "WEBP", **options)
+        return buffer.getvalue()
+
+
+def _strip(tiles: Sequence[np.ndarray] | np.ndarray) -> Image.Image:
+    if any(tile.ndim == 3 for tile in tiles):
+        tiles = [tile if tile.ndim == 3 else np.repeat(tile[..., None], 3, axis=2) for tile in tiles]
+    return Image.fromarray(np.ascontiguousarray(np.concatenate(tiles, axis=1)))
+
+
+def scrubber_value(
+    groups: Sequence[dict[str, Any]],
+    cutoffs: Sequence[int],
+    image_size: int,
+    codebook_size: int,
+    *,
+    num_tokens: int | None = None,
+    keep_place: bool = False,
+    selectable: bool = False,
+    name: str = "image",
+) -> dict[str, Any]:
+    """A value of the scrubber without frames yet; append to its lists as they come.
+
+    Args:
+        groups: what one strip holds, from left to right: {"title": str, "captions": [str, ...]} for each row of
+            pictures; with "of_token": True the row follows the token under the pointer, else the prefix length.
+        cutoffs: the schedule r_1 .. r_N.
+        image_size: H.
+        codebook_size: K, for the bits.
+        num_tokens: the slider's end (default N).
+        keep_place: stay at the prefix length shown before; else go to the newest frame.
+        selectable: pictures of the first group can be chosen; codes and actions belong to the chosen one.
+        name: stem of saved files.
+
+    Returns:
+        A dict to send. Its lists grow by one entry a prefix length: "frames" (data URLs from `StripEncoder`) and
+        "codes" (one list of codes, an entry a selectable image). "charts" holds {"title", "unit", "series": [{"name",
+        "values"}]}; "status" is one line of text, "busy" whether more frames will come.
+    """
+    num_tokens = len(cutoffs) if num_tokens is None else num_tokens
+    bits = math.log2(codebook_size)
+    return {
+        "id": uuid.uuid4().hex,
+        "name": name,
+        "keep_place": keep_place,
+        "selectable": selectable,
+        "groups": list(groups),
+        "cutoffs": [int(r) for r in cutoffs[:num_tokens]],
+        "image_size": image_size,
+        "bits": [round((k + 1) * bits, 1) for k in range(num_tokens)],
+        "frames": [],
+        "codes": [],
+        "charts": [],
+        "status": "",
+        "busy": False,
+    }
+
+
+class Scrubber(gr.HTML):
+    """`gr.HTML` that shows values of `scrubber_value`.
+
+    The custom event `action` fires when one of `actions` is clicked; its `gr.EventData` has `name`, `image` (index of
+    the chosen picture) and `k` (prefix length shown). The event `token` fires on a click on a token chip, with `k`.
+
+    Args:
+        actions: {"name": ..., "label": ...} buttons; "{image}" and "{k}" in a label stand for the current numbers.
+        empty: the sentence shown before there is anything to see.
+    """
+
+    def __init__(
+        self,
+        value: dict[str, Any] | None = None,
+        *,
+        actions: Sequence[dict[str, str]] = (),
+        empty: str = "",
+        elem_id: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            value=value,
+            html_template=TEMPLATE,
+            js_on_load=SCRIPT,
+            apply_default_css=False,
+            elem_id=elem_id,
+            actions=list(actions),
+            empty=empty,
+            **kwargs,
+        )

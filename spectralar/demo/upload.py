@@ -1,0 +1,75 @@
+"""An image input that answers a bad file with a sentence instead of an exception, before it decodes anything."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import PIL.Image
+from PIL import Image, UnidentifiedImageError
+
+from .errors import user_error
+
+MAX_FILE_MB = 40
+MAX_MEGAPIXELS = 64  # a phone's 48 megapixels and an A4 page at 600 dpi fit
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF", "PPM")
+FORMAT_NAMES = "JPEG, PNG, WebP, AVIF, GIF, TIFF or BMP"
+
+# Pillow itself refuses above twice this: the second line of defence, for every way an image may come in.
+PIL.Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 1_000_000
+
+
+def open_photo(file: str | Path | bytes) -> Image.Image:
+    """An image a visitor sent, as a file or its bytes, decoded; its first frame if there are several.
+
+    Size and format are read from the header and checked before a pixel is decoded. Large JPEGs are decoded at
+    reduced size: the models need far less.
+
+    Raises:
+        gr.Error: one sentence, if the file is no image, of another format, broken, or too large.
+    """
+    if not isinstance(file, bytes) and not Path(file).is_file():
+        raise user_error("The image did not arrive; please send it again.")
+    if (len(file) if isinstance(file, bytes) else Path(file).stat().st_size) > MAX_FILE_MB * 2**20:
+        raise user_error(f"The file is larger than {MAX_FILE_MB} MB; please send a smaller image.")
+    try:
+        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+        width, height = image.size
+        if width * height > MAX_MEGAPIXELS * 1_000_000:
+            raise _too_large(f"{width} x {height} pixels")
+        image.draft(None, (1024, 1024))
+        image.load()
+        image.info["full_size"] = (width, height)
+    except UnidentifiedImageError:
+        raise user_error(f"This file is not an image that can be read: please send {FORMAT_NAMES}.") from None
+    except Image.DecompressionBombError:
+        raise _too_large("far too many pixels") from None
+    except (OSError, SyntaxError, ValueError, EOFError):
+        raise user_error("The image file is damaged or incomplete; please send it again or another one.") from None
+    return image
+
+
+def _too_large(what: str) -> gr.Error:
+    return user_error(f"The image has {what}; please send one of at most {MAX_MEGAPIXELS} megapixels.")
+
+
+class PhotoInput(gr.Image):
+    """`gr.Image` for any photo; handlers get the PIL image of `open_photo`, as it is in the file, or None."""
+
+    is_template = True  # drawn by gr.Image's front end
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(type="pil", image_mode=None, **kwargs)
+
+    def preprocess(self, payload: Any) -> Image.Image | None:
+        if payload is None:
+            return None
+        if payload.url and payload.url.startswith("data:"):
+            try:
+                return open_photo(base64.b64decode(payload.url.partition(",")[2], validate=True))
+            except ValueError:  # not base64
+                raise user_error("The image's data URL cannot be read; please send the image as a file.") from None
+        return open_photo(payload.path or "")
