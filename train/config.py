@@ -125,8 +125,26 @@ class TransformerStage(StageConfig):
 
 
 @dataclass
+class ClassifierConfig:
+    """Shape of the classifier that judges samples; image size, channels and classes are the data's."""
+
+    width: int = 24  # channels of the first stage; each later one has twice as many
+    blocks: int = 1  # residual blocks a stage
+
+
+@dataclass
+class ClassifierStage(StageConfig):
+    """The judge of samples: plain classification, apart from the two models."""
+
+    batch_size: int = 128  # images an optimiser step, over all processes and accumulation rounds
+    lr: float = 4e-3  # peak learning rate
+    steps: int = 2400  # optimiser steps in all
+    beta2: float = 0.99  # AdamW
+
+
+@dataclass
 class Config:
-    """One run: data, two models and how each is trained."""
+    """One run: data, two models, the judge of samples, and how each is trained."""
 
     name: str = "spectralar"  # names the output folder and the model
     data: DataConfig = field(default_factory=DataConfig)
@@ -134,6 +152,8 @@ class Config:
     train_tokenizer: TokenizerStage = field(default_factory=TokenizerStage)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     train_transformer: TransformerStage = field(default_factory=TransformerStage)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    train_classifier: ClassifierStage = field(default_factory=ClassifierStage)
 
 
 def available_presets() -> list[str]:
@@ -199,6 +219,7 @@ def check_config(config: Config) -> None:
         ("transformer.num_heads", "transformer.hidden_size"),
         ("train_tokenizer.grad_accumulation", "train_tokenizer.batch_size"),
         ("train_transformer.grad_accumulation", "train_transformer.batch_size"),
+        ("train_classifier.grad_accumulation", "train_classifier.batch_size"),
     ):
         small, large = attrgetter(divisor)(config), attrgetter(number)(config)
         if large % small:
