@@ -28,8 +28,8 @@ def preprocess_pil(image: Image.Image, size: int, channels: int) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
-    if image.mode == "La":
-        image = image.convert("LA")
+    if image.mode in ("La", "LAB"):  # PIL converts these to few others
+        image = image.convert("LA" if image.mode == "La" else "RGB")
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -37,7 +37,7 @@ def preprocess_pil(image: Image.Image, size: int, channels: int) -> np.ndarray:
     if image.size != (size, size):
         # Cropped first, as resize(box=...) would let the filter look over the edge.
         image = image.crop(_centre_square(*image.size)).resize((size, size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(image)  # (H, W) or (H, W, C)
+    pixels = np.array(image)  # (H, W) or (H, W, C), a copy: PIL's own memory is read-only
     return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
 
 

@@ -438,6 +438,10 @@ class SpectralARPipeline(DiffusionPipeline):
         if hasattr(module, "_hf_hook"):
             module._hf_hook.pre_forward(module)
 
+    def enable_sequential_cpu_offload(self, *args, **kwargs) -> None:
+        """Not supported: it hooks the `forward` of every submodule, and ours run without."""
+        raise NotImplementedError("sequential offload is not supported: use enable_model_cpu_offload().")
+
     # ------------------------------------------------------------------------------------------------ files
 
     def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs) -> None:
@@ -460,8 +464,9 @@ class SpectralARPipeline(DiffusionPipeline):
         Raises:
             ValueError: if it is neither a folder nor a Hub id.
         """
-        if not kwargs.setdefault("use_safetensors", True):
+        if kwargs.get("use_safetensors") is False:
             raise ValueError("a pipeline is loaded from safetensors only: leave use_safetensors at True.")
+        kwargs["use_safetensors"] = True  # the library's default falls back to pickles
         folder = pretrained_model_name_or_path
         if not os.path.isdir(folder):
             folder = _download(str(folder), kwargs)

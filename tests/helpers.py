@@ -59,6 +59,8 @@ def tiny_pipeline(
     codes = tiny_tokenizer(channels, image_size, seed, **(tokenizer or {}))
     shared = {name: codes.config[name] for name in ("num_tokens", "codebook_size")}
     model = tiny_transformer(seed, **shared, **(transformer or {}))
-    pipe = SpectralARPipeline(codes, model, id2label=id2label).to(dtype)
+    for component in (codes, model):
+        torch.nn.Module.to(component, dtype)  # diffusers' own `to` warns of every dtype
+    pipe = SpectralARPipeline(codes, model, id2label=id2label)
     pipe.set_progress_bar_config(disable=True)
     return pipe

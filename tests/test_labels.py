@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+import torch
+
+from spectralar.labels import LabelNames
+
+ID2LABEL = {"2": "crane", "0": "goldfish, Carassius auratus", "1": "Ankle boot", "3": "Crane, derrick", "10": "bag"}
+
+
+@pytest.fixture
+def names():
+    return LabelNames(ID2LABEL, 11)
+
+
+def test_one_name_is_shown_for_each_class(names):
+    assert names.shown == ["goldfish", "Ankle boot", "crane", "Crane", "4", "5", "6", "7", "8", "9", "bag"]
+    assert list(names.id2label) == [0, 1, 2, 3, 10]  # JSON's strings are numbers again, and in their order
+
+
+@pytest.mark.parametrize(
+    ("labels", "ids"),
+    [
+        (3, [3]),
+        ("goldfish", [0]),
+        ("  carassius AURATUS ", [0]),
+        ("goldfish, carassius auratus", [0]),
+        (["derrick", 4, "BAG"], [3, 4, 10]),
+        ([[1], [2, [3]], ("bag",)], [1, 2, 3, 10]),
+        (torch.tensor([[1, 2]]), [1, 2]),
+        (torch.tensor(5), [5]),
+        ([torch.tensor([1]), np.int64(2), np.array([3])], [1, 2, 3]),
+        ([], []),
+    ],
+)
+def test_labels_become_ids(names, labels, ids):
+    assert names.ids(labels) == ids
+
+
+def test_unique_names_are_sorted_and_leave_out_shared_ones(names):
+    assert list(names.unique.items()) == [
+        ("Ankle boot", 1), ("Carassius auratus", 0), ("Crane, derrick", 3), ("bag", 10), ("derrick", 3),
+        ("goldfish", 0), ("goldfish, Carassius auratus", 0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("goldfisch", "no class is named 'goldfisch': did you mean 'goldfish'"),
+        ("ANKEL BOOT", "did you mean 'Ankle boot'"),
+        ("xyz", "no class is named 'xyz': `pipe.labels` has all names"),
+        ("crane", r"several classes are named 'crane': give one of the ids \[2, 3\]"),
+        (11, "between 0 and 10, got 11"),
+        (-1, "between 0 and 10, got -1"),
+        ([1, [99]], "between 0 and 10, got 99"),
+        (1.0, "ids or names, got 1.0"),
+        (torch.tensor([1.5]), "ids or names, got 1.5"),
+        (True, "ids or names, got True"),
+        (None, "ids or names, got None"),
+    ],
+)
+def test_unknown_labels_are_named(names, label, message):
+    with pytest.raises(ValueError, match=message):
+        names.ids(label)
+
+
+def test_a_model_without_names_asks_for_ids():
+    names = LabelNames(None, 4)
+    assert names.shown == ["0", "1", "2", "3"]
+    assert names.ids([0, 3]) == [0, 3]
+    with pytest.raises(ValueError, match="no class names, so 'cat' is none: give an id between 0 and 3"):
+        names.ids("cat")
+
+
+def test_names_of_classes_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match="between 0 and 3, got 4"):
+        LabelNames({4: "cat"}, 4)

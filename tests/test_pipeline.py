@@ -1,0 +1,651 @@
+"""What diffusers' own tests ask of a class-conditional pipeline, and what is our own: prefixes, streaming, codes."""
+
+import inspect
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+from diffusers.callbacks import PipelineCallback
+from PIL import Image
+
+from spectralar import SpectralARPipeline
+from spectralar.image import to_model_input
+from spectralar.tokenizer import PrefixDecoder
+from spectralar.transformer import SpectralARTransformer
+from tests.helpers import tiny_pipeline, tiny_tokenizer, tiny_transformer
+
+N = 12  # tokens of the tiny models, 16x16 images, 4 classes
+
+
+def seed(value: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(value)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def pipe(shared):
+    """The same models all through; the pipeline's own state is new in each test."""
+    pipe = SpectralARPipeline(**shared.components, **shared.parameters)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Rows and new tokens of each step of the transformer, as they run."""
+    seen = []
+    real = SpectralARTransformer.step
+
+    def step(self, tokens, position, conditioning, cache):
+        seen.append((conditioning.start.shape[0], 0 if tokens is None else tokens.shape[1]))
+        return real(self, tokens, position, conditioning, cache)
+
+    monkeypatch.setattr(SpectralARTransformer, "step", step)
+    return seen
+
+
+@pytest.fixture
+def freed(monkeypatch):
+    """Counts how often the offload hooks are freed."""
+    calls = []
+    real = SpectralARPipeline.maybe_free_model_hooks
+    monkeypatch.setattr(SpectralARPipeline, "maybe_free_model_hooks", lambda self: (calls.append(1), real(self)))
+    return calls
+
+
+# The call -------------------------------------------------------------------------------------------------
+
+
+def test_signature_and_defaults():
+    call = dict(inspect.signature(SpectralARPipeline.__call__).parameters)
+    defaults = {name: p.default for name, p in call.items() if name not in ("self", "class_labels")}
+    assert defaults == {
+        "num_images_per_prompt": 1, "guidance_scale": 2.0, "guidance_schedule": "constant", "num_tokens": None,
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "prefix_codes": None, "generator": None, "output_type": "pil",
+        "return_dict": True, "callback_on_step_end": None, "callback_on_step_end_tensor_inputs": ("latents",),
+    }  # fmt: skip
+    stream = dict(inspect.signature(SpectralARPipeline.stream).parameters)
+    assert stream.pop("every").default == 1
+    call.pop("return_dict")
+    assert list(stream.values()) == list(call.values())
+
+
+def test_dict_and_tuple_outputs(pipe):
+    out = pipe([1, 3], generator=seed(), output_type="np")
+    images, codes = pipe([1, 3], generator=seed(), output_type="np", return_dict=False)
+    assert np.array_equal(out.images, images) and np.array_equal(out[0], images)
+    assert torch.equal(out.codes, codes) and torch.equal(out["codes"], codes)
+    assert codes.shape == (2, N) and codes.dtype == torch.int64
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_output_types(channels):
+    pipe = tiny_pipeline(channels)
+    out = {kind: pipe([1, 3], generator=seed(), output_type=kind) for kind in ("pt", "np", "pil", "latent")}
+    pt, array, pil = (out[kind].images for kind in ("pt", "np", "pil"))
+    assert pt.shape == (2, channels, 16, 16) and 0 <= pt.min() < pt.max() <= 1
+    assert array.shape == (2, 16, 16, channels)
+    assert np.allclose(array, pt.movedim(1, -1).numpy())
+    assert [(image.mode, image.size) for image in pil] == [("L" if channels == 1 else "RGB", (16, 16))] * 2
+    assert np.array_equal(np.stack(pil).reshape(array.shape), (array * 255).round())
+    assert torch.equal(out["latent"].images, out["latent"].codes)
+    assert torch.equal(out["latent"].codes, out["pt"].codes)
+
+
+def test_images_are_the_decoded_codes(pipe):
+    out = pipe([0, 1, 2], generator=seed(), output_type="pt")
+    assert torch.equal(out.images, (pipe.tokenizer.decode(out.codes) / 2 + 0.5).clamp(0, 1))
+    assert len(out.codes.unique()) > 8  # the tiny models are not degenerate
+    assert out.images.std(dim=0).mean() > 0.01
+
+
+def test_a_batch_is_its_images_one_by_one(pipe):
+    labels = [2, 0, 3]
+    batch = pipe(labels, generator=[seed(i) for i in range(3)], output_type="pt")
+    for i, label in enumerate(labels):
+        single = pipe(label, generator=seed(i), output_type="pt")
+        assert torch.equal(single.codes[0], batch.codes[i])
+        assert torch.allclose(single.images[0], batch.images[i], atol=1e-10)
+
+
+def test_an_image_is_the_same_whatever_follows_it(pipe):
+    one = pipe(2, generator=seed(), output_type="latent").codes
+    assert torch.equal(pipe([2, 0, 1], generator=seed(), output_type="latent").codes[:1], one)
+    assert torch.equal(pipe(2, 5, generator=seed(), output_type="latent").codes[:1], one)
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+@pytest.mark.parametrize("images", [1, 2])
+def test_num_images_per_prompt(pipe, labels, images):
+    out = pipe([[1]] * labels, num_images_per_prompt=images, generator=seed(), output_type="np")
+    assert out.images.shape == (labels * images, 16, 16, 1)
+
+
+def test_images_of_a_label_are_side_by_side(pipe):
+    expected = pipe([1, 1, 3, 3], generator=seed(), output_type="latent").codes
+    assert torch.equal(pipe([1, 3], 2, generator=seed(), output_type="latent").codes, expected)
+
+
+def test_labels_of_every_kind(pipe):
+    expected = pipe([1, 3, 1], generator=seed(), output_type="latent").codes
+    names = ["sneaker", "Ankle Boot", "gym shoe"]
+    for labels in (names, [[1, [3]], [1]], torch.tensor([1, 3, 1]), [1, "ankle boot", 1]):
+        assert torch.equal(pipe(labels, generator=seed(), output_type="latent").codes, expected)
+    assert pipe.get_label_ids("bag") == [2]
+    assert pipe.labels["gym shoe"] == pipe.labels["Sneaker"] == 1
+    assert pipe.class_names == ["T-shirt", "Sneaker", "Bag", "Ankle boot"]
+
+
+def test_the_global_generator_serves_without_one(pipe):
+    torch.manual_seed(5)
+    first, second = (pipe(1, output_type="latent").codes for _ in range(2))
+    assert torch.equal(first, pipe(1, generator=seed(5), output_type="latent").codes)
+    assert not torch.equal(first, second)
+
+
+def test_gradients_are_neither_needed_nor_switched_off_outside(pipe):
+    stream = pipe.stream(1, output_type="pt")
+    assert not next(stream).images.requires_grad
+    assert torch.is_grad_enabled()
+    assert not pipe(1, output_type="pt").images.requires_grad
+
+
+# Sampling -------------------------------------------------------------------------------------------------
+
+
+def test_scale_one_skips_the_unconditional_rows(pipe, steps):
+    pipe([0, 1, 2], guidance_scale=1.0)
+    assert steps == [(3, 0)] + [(3, 1)] * (N - 1)
+    assert not pipe.do_classifier_free_guidance
+    steps.clear()
+    pipe([0, 1, 2], guidance_scale=2.0)
+    assert steps == [(6, 0)] + [(6, 1)] * (N - 1)
+    assert pipe.do_classifier_free_guidance
+
+
+def test_guidance_and_its_schedule(pipe):
+    def codes(**arguments):
+        return pipe([0, 1, 2, 3] * 4, generator=seed(), output_type="latent", **arguments).codes
+
+    off, on = codes(guidance_scale=1.0), codes(guidance_scale=6.0)
+    rising = codes(guidance_scale=6.0, guidance_schedule="linear")
+    assert not torch.equal(off, on) and not torch.equal(rising, on) and not torch.equal(rising, off)
+    assert torch.equal(rising[:, 0], off[:, 0])  # the schedule starts at 1
+    assert not torch.equal(on[:, 0], off[:, 0])
+
+
+def test_temperature_and_filters(pipe):
+    def codes(value, **arguments):
+        return pipe([0, 1, 2, 3], generator=seed(value), output_type="latent", **arguments).codes
+
+    greedy = codes(0, temperature=0.0)
+    assert torch.equal(codes(1, temperature=0.0), greedy)
+    assert torch.equal(codes(1, top_k=1), greedy) and torch.equal(codes(1, top_p=1e-9), greedy)
+    assert not torch.equal(codes(1), greedy)
+    assert not torch.equal(codes(1, top_k=3), codes(1))
+
+
+def test_fewer_tokens_are_a_prefix(pipe):
+    for schedule in ("constant", "cosine"):
+        arguments = {"guidance_scale": 3.0, "guidance_schedule": schedule, "output_type": "pt"}
+        whole = pipe([1, 2], generator=seed(), **arguments)
+        for k in (1, 5):
+            part = pipe([1, 2], generator=seed(), num_tokens=k, **arguments)
+            assert torch.equal(part.codes, whole.codes[:, :k])
+            assert torch.allclose(part.images, pipe.decode(whole.codes, k), atol=1e-10)
+    assert not torch.allclose(part.images, whole.images, atol=0.01)
+
+
+def test_prefix_codes_are_kept_and_continued(pipe, steps):
+    whole = pipe([1, 2], generator=seed(), output_type="pt")
+    for k in (0, 1, 7, N):
+        steps.clear()
+        out = pipe([1, 2], generator=seed(), prefix_codes=whole.codes[:, :k], output_type="pt")
+        assert torch.equal(out.codes, whole.codes)
+        assert torch.allclose(out.images, whole.images, atol=1e-10)
+        assert [new for _, new in steps] == ([k] + [1] * (N - k - 1) if k < N else [])  # one pass over the prefix
+        assert pipe.num_timesteps == N - k
+    other = pipe([1, 2], generator=seed(9), prefix_codes=whole.codes[:, :7], output_type="latent").codes
+    assert torch.equal(other[:, :7], whole.codes[:, :7]) and not torch.equal(other, whole.codes)
+    part = pipe([1, 2], generator=seed(), prefix_codes=whole.codes[:, :3], num_tokens=6, output_type="latent").codes
+    assert torch.equal(part, whole.codes[:, :6])
+
+
+def test_prefix_rows_for_one_image_one_label_or_all(pipe):
+    rows = torch.arange(8).view(4, 2)
+
+    def starts(prefix):
+        return pipe([1, 2], 2, generator=seed(), prefix_codes=prefix, output_type="latent").codes[:, :2].tolist()
+
+    assert starts(rows) == rows.tolist()
+    assert starts(rows[:2]) == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert starts(rows[:1]) == [[0, 1]] * 4
+    assert starts([[4, 5]]) == starts(np.array([[4, 5]], np.int32)) == [[4, 5]] * 4
+
+
+def test_nested_codebooks_are_respected():
+    sizes = [2] * 6 + [32] * 6
+    pipe = tiny_pipeline(tokenizer={"codebook_sizes": sizes})
+    codes = pipe([0, 1, 2, 3], 4, generator=seed(), output_type="latent").codes
+    assert (codes < torch.tensor(sizes)).all() and codes.max() > 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_labels": []}, "at least one class label"),
+        ({"class_labels": 4}, "class ids must be between 0 and 3, got 4"),
+        ({"class_labels": "sneakers"}, "did you mean 'Sneaker'"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer of at least 1, got 0"),
+        ({"num_images_per_prompt": 1.5}, "got 1.5"),
+        ({"num_tokens": 0}, "num_tokens must be an integer between 1 and 12, got 0"),
+        ({"num_tokens": 13}, "got 13"),
+        ({"output_type": "jpeg"}, "output_type must be one of pil, np, pt, latent, got 'jpeg'"),
+        ({"guidance_scale": -1.0}, "guidance_scale"),
+        ({"guidance_schedule": "square"}, "guidance_schedule must be one of constant, linear, cosine"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"top_k": 33}, "top_k must be an integer from 0 .off. to the codebook size 32"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"generator": [seed(), seed()]}, "2 generators for 1 images"),
+        ({"prefix_codes": [[1, 2], [3]]}, "prefix_codes must be a rectangular array of integers"),
+        ({"prefix_codes": "abc"}, "prefix_codes must be a rectangular array of integers"),
+        ({"prefix_codes": [1, 2]}, r"shape \(R, k\) with R of 1 and k of at most 12 tokens, got \(2,\)"),
+        ({"prefix_codes": [[1], [2]]}, r"got \(2, 1\)"),
+        ({"prefix_codes": [[1] * 13]}, r"got \(1, 13\)"),
+        ({"prefix_codes": [[1, 2, 3]], "num_tokens": 2}, "at most 2 tokens"),
+        ({"prefix_codes": [[32]]}, "codes must be integers between 0 and 31"),
+        ({"prefix_codes": [[0.5]]}, "codes must be integers between 0 and 31"),
+        ({"callback_on_step_end_tensor_inputs": ["embeds"]}, r"may name \['latents'\], not \['embeds'\]"),
+    ],
+)
+def test_bad_arguments_are_told_at_once(pipe, steps, arguments, message):
+    arguments = {"class_labels": 0, **arguments}
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments)
+    with pytest.raises(ValueError, match=message):
+        pipe.stream(**arguments)  # not at the first event
+    assert not steps
+
+
+# Callbacks ------------------------------------------------------------------------------------------------
+
+
+def test_callbacks_see_every_step(pipe):
+    seen = []
+
+    def callback(pipe, step, index, kwargs):
+        assert set(kwargs) <= set(pipe._callback_tensor_inputs)
+        seen.append((step, index, kwargs["latents"]))
+        return kwargs
+
+    whole = pipe([1, 2], generator=seed(), output_type="latent", callback_on_step_end=callback).codes
+    assert [event[:2] for event in seen] == [(i, i) for i in range(N)]
+    assert all(torch.equal(latents, whole[:, : i + 1]) for i, (_, _, latents) in enumerate(seen))
+    seen.clear()
+    arguments = {"prefix_codes": whole[:, :4], "output_type": "latent"}
+    out = pipe([1, 2], generator=seed(), callback_on_step_end=callback, **arguments)
+    assert [event[:2] for event in seen] == [(i, i + 4) for i in range(N - 4)] and pipe.num_timesteps == N - 4
+    assert torch.equal(out.codes, whole)
+
+
+def test_callbacks_may_ask_for_nothing_and_return_nothing(pipe):
+    seen = []
+    arguments = {"callback_on_step_end_tensor_inputs": [], "output_type": "latent"}
+    out = pipe(1, generator=seed(), callback_on_step_end=lambda *given: seen.append(given[3]), **arguments)
+    assert seen == [{}] * N
+    assert torch.equal(out.codes, pipe(1, generator=seed(), output_type="latent").codes)
+
+
+def test_latents_of_the_last_step_can_be_replaced(pipe):
+    def callback(pipe, step, index, kwargs):
+        if step == pipe.num_timesteps - 1:
+            kwargs["latents"] = torch.zeros_like(kwargs["latents"])
+        return kwargs
+
+    assert pipe([1, 2], output_type="latent", callback_on_step_end=callback)[0].abs().sum() == 0
+
+
+@pytest.mark.parametrize("token", [0, 2, 5])
+def test_the_model_goes_on_from_what_a_callback_returns(pipe, token):
+    """Token `token` is replaced after token 5 has been sampled: as if the changed six had been given."""
+    changed = {}
+
+    def callback(pipe, step, index, kwargs):
+        if index == 5:
+            kwargs["latents"][:, token] = (kwargs["latents"][:, token] + 1) % 32  # in place
+            changed["codes"] = kwargs["latents"].clone()
+        return kwargs
+
+    arguments = {"guidance_scale": 4.0, "output_type": "pt"}
+    out = pipe([0, 1, 2, 3], generator=seed(), callback_on_step_end=callback, **arguments)
+    expected = pipe([0, 1, 2, 3], generator=seed(), prefix_codes=changed["codes"], **arguments)
+    assert torch.equal(out.codes, expected.codes)
+    assert not torch.equal(out.codes[:, 6:], pipe([0, 1, 2, 3], generator=seed(), **arguments).codes[:, 6:])
+    for every in (1, 4):  # token 5 falls between two frames
+        *_, last = pipe.stream([0, 1, 2, 3], generator=seed(), callback_on_step_end=callback, every=every, **arguments)
+        assert torch.allclose(last.images, expected.images, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (torch.zeros(1, 9, dtype=torch.int64), r"latents of shape \(1, 1\)"),
+        (torch.tensor([[32]]), "between 0 and 31"),
+        (torch.tensor([[0.5]]), "between 0 and 31"),
+    ],
+)
+def test_bad_latents_are_told(pipe, latents, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(1, callback_on_step_end=lambda *_: {"latents": latents})
+
+
+def test_guidance_scale_is_read_in_every_step(pipe, steps):
+    def raise_it(pipe, step, index, kwargs):
+        pipe._guidance_scale += 1.0
+        return kwargs
+
+    pipe(1, guidance_scale=2.0, callback_on_step_end=raise_it)
+    assert pipe.guidance_scale == 2.0 + pipe.num_timesteps
+    pipe(1, guidance_scale=2.0)
+    assert pipe.guidance_scale == 2.0
+
+    def switch_on(pipe, step, index, kwargs):
+        if index == 4:
+            pipe._guidance_scale = 5.0
+        return kwargs
+
+    steps.clear()
+    arguments = {"guidance_scale": 1.0, "callback_on_step_end": switch_on, "output_type": "latent"}
+    codes = pipe([0, 1], generator=seed(), **arguments).codes
+    assert steps == [(2, 0)] + [(2, 1)] * 4 + [(4, 5)] + [(4, 1)] * 6
+    arguments = {"prefix_codes": codes[:, :5], "guidance_scale": 5.0, "output_type": "latent"}
+    assert torch.equal(pipe([0, 1], generator=seed(), **arguments).codes, codes)
+
+
+def test_interruption_keeps_what_is_there(pipe, steps):
+    def stop(pipe, step, index, kwargs):
+        pipe._interrupt = index == 4
+        return kwargs
+
+    whole = pipe([1, 2], generator=seed(), output_type="pt")
+    steps.clear()
+    out = pipe([1, 2], generator=seed(), output_type="pt", callback_on_step_end=stop)
+    assert pipe.interrupt and len(steps) == 5
+    assert torch.equal(out.codes, whole.codes[:, :5])
+    assert torch.allclose(out.images, pipe.decode(whole.codes, 5), atol=1e-10)
+    *_, last = pipe.stream([1, 2], generator=seed(), output_type="pt", callback_on_step_end=stop, every=4)
+    assert last.index == 5 and torch.allclose(last.images, out.images, atol=1e-10)
+    assert pipe(1, output_type="latent").codes.shape == (1, N)  # the next call is not interrupted
+
+
+def test_diffusers_callback_objects(pipe):
+    class ZeroAtTheEnd(PipelineCallback):
+        tensor_inputs = ["latents"]
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            if step_index == pipeline.num_timesteps - 1:
+                callback_kwargs["latents"] = torch.zeros_like(callback_kwargs["latents"])
+            return callback_kwargs
+
+    arguments = {"callback_on_step_end_tensor_inputs": ["nothing"], "output_type": "latent"}  # it knows itself
+    out = pipe(1, callback_on_step_end=ZeroAtTheEnd(), **arguments)
+    assert out.codes.abs().sum() == 0
+
+
+# Streaming ------------------------------------------------------------------------------------------------
+
+
+def test_frames_are_the_decoded_prefixes(pipe):
+    arguments = {"num_images_per_prompt": 2, "output_type": "pt"}
+    whole = pipe(["bag", 3], generator=seed(), **arguments)
+    frames = pipe.decode(whole.codes, list(range(1, N + 1)))  # (B, N, C, H, H)
+    events = list(pipe.stream(["bag", 3], generator=seed(), **arguments))
+    assert [event.index for event in events] == list(range(1, N + 1))
+    for event in events:
+        assert torch.equal(event.codes, whole.codes[:, : event.index])
+        assert torch.allclose(event.images, frames[:, event.index - 1], atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "every", "expected"),
+    [
+        (0, None, 5, [5, 10, 12]),
+        (0, None, 12, [12]),
+        (0, 7, 100, [7]),
+        (4, None, 1, [4, 5, 6, 7, 8, 9, 10, 11, 12]),
+        (4, None, 5, [4, 5, 10, 12]),
+        (4, 6, 4, [4, 6]),
+        (N, None, 3, [N]),
+    ],
+)
+def test_which_frames_come(pipe, k, n, every, expected):
+    codes = pipe([1, 2], generator=seed(), output_type="latent").codes
+    arguments = {"prefix_codes": codes[:, :k], "num_tokens": n, "every": every, "output_type": "pt"}
+    events = list(pipe.stream([1, 2], generator=seed(), **arguments))
+    assert [event.index for event in events] == expected
+    for event in events:
+        assert torch.allclose(event.images, pipe.decode(codes, event.index), atol=1e-10)
+
+
+def test_stream_output_types(pipe):
+    kinds = ("pil", "np", "latent")
+    last = {kind: list(pipe.stream([1, 2], generator=seed(), output_type=kind))[-1] for kind in kinds}
+    assert [image.size for image in last["pil"].images] == [(16, 16)] * 2
+    assert np.array_equal(np.stack(last["pil"].images), (last["np"].images[..., 0] * 255).round())
+    assert torch.equal(last["latent"].images, last["np"].codes)
+
+
+def test_each_token_is_decoded_once(pipe, monkeypatch):
+    appended, rendered = [], []
+    append, frame = PrefixDecoder.append, PrefixDecoder.frame
+    monkeypatch.setattr(PrefixDecoder, "append", lambda self, c: (appended.append(c.shape[1]), append(self, c)))
+    monkeypatch.setattr(PrefixDecoder, "frame", lambda self: (rendered.append(1), frame(self))[1])
+    list(pipe.stream(1))
+    assert appended == [1] * N and len(rendered) == N
+    appended.clear()
+    list(pipe.stream(1, every=5, prefix_codes=[[1, 2]]))
+    assert appended == [2, 3, 5, 2]
+    list(pipe.stream(1, output_type="latent"))
+    assert appended == [2, 3, 5, 2]
+
+
+def test_closing_stops_the_computation(pipe, steps, freed):
+    with closing(pipe.stream([1, 2], output_type="pt")) as stream:
+        assert not steps  # nothing runs before the first event is asked for
+        for event in stream:
+            if event.index == 3:
+                break
+    assert len(steps) == 3 and len(freed) == 1
+    assert pipe(1, output_type="latent").codes.shape == (1, N)
+
+
+def test_pipelines_that_share_weights_run_side_by_side(pipe):
+    other = SpectralARPipeline(**pipe.components, **pipe.parameters)
+    other.set_progress_bar_config(disable=True)
+    assert other.labels == pipe.labels and other.transformer is pipe.transformer
+    runs = [(pipe, {"class_labels": 1, "guidance_scale": 1.0}), (other, {"class_labels": 2, "guidance_scale": 5.0})]
+    streams = [p.stream(generator=seed(), output_type="latent", **arguments) for p, arguments in runs]
+    *_, together = zip(*streams, strict=True)
+    for (p, arguments), event in zip(runs, together, strict=True):
+        assert torch.equal(event.codes, p(generator=seed(), output_type="latent", **arguments).codes)
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, None])
+def test_every_must_be_a_positive_integer(pipe, every):
+    with pytest.raises(ValueError, match="every must be an integer of at least 1"):
+        pipe.stream(1, every=every)
+
+
+# Codes ----------------------------------------------------------------------------------------------------
+
+
+def test_encode_takes_images_of_any_kind():
+    for channels in (1, 3):
+        pipe = tiny_pipeline(channels)
+        pixels = np.random.default_rng(0).integers(0, 255, (30, 20, 3), np.uint8)
+        image = Image.fromarray(pixels)
+        images = [image, image.convert("CMYK"), pixels / 255, torch.rand(1, 16, 16)]
+        codes = pipe.encode(images)
+        assert codes.shape == (4, N) and codes.dtype == torch.int64
+        assert torch.equal(codes, pipe.tokenizer.encode(to_model_input(images, 16, channels).double()))
+        assert torch.equal(pipe.encode(images[0]), codes[:1])
+        assert not torch.equal(codes[0], codes[3])
+    with pytest.raises(ValueError, match="lie in"):
+        pipe.encode(torch.full((1, 3, 16, 16), 2.0))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_decode_shapes_and_types(channels):
+    pipe = tiny_pipeline(channels)
+    codes = torch.randint(0, 32, (3, N))
+    raw = pipe.tokenizer.decode(codes, [1, 5, N]).detach()  # (B, S, C, H, H)
+    raw = (raw / 2 + 0.5).clamp(0, 1)
+    assert torch.allclose(pipe.decode(codes), raw[:, 2], atol=1e-10)
+    assert torch.allclose(pipe.decode(codes, 5), raw[:, 1], atol=1e-10)
+    per_image = pipe.decode(codes, torch.tensor([1, 5, N]))
+    assert torch.allclose(per_image, raw[torch.arange(3), torch.arange(3)], atol=1e-10)
+    frames = pipe.decode(codes.tolist(), [1, 5, N])
+    assert torch.equal(frames, raw) and frames.shape == (3, 3, channels, 16, 16)
+    array = pipe.decode(codes, [1, 5, N], output_type="np")
+    assert np.allclose(array, raw.movedim(2, -1)) and array.shape == (3, 3, 16, 16, channels)
+    pil = pipe.decode(codes, [1, 5], output_type="pil")
+    assert [len(row) for row in pil] == [2, 2, 2]
+    assert np.array_equal(np.array(pil[2][1]).reshape(16, 16, -1), (array[2, 1] * 255).round())
+    assert [image.mode for image in pipe.decode(codes, output_type="pil")] == ["L" if channels == 1 else "RGB"] * 3
+
+
+def test_decode_clamps_and_the_tokenizer_does_not():
+    pipe = tiny_pipeline()
+    pipe.tokenizer.to_pixels.weight.data.mul_(10)
+    codes = torch.randint(0, 32, (64, N))
+    raw = pipe.tokenizer.decode(codes)
+    assert raw.abs().max() > 1
+    assert pipe.decode(codes).min() == 0 and pipe.decode(codes).max() == 1
+
+
+@pytest.mark.parametrize(
+    ("codes", "arguments", "message"),
+    [
+        ([[32]], {}, "between 0 and 31"),
+        ([[-1]], {}, "between 0 and 31"),
+        ([1, 2], {}, r"shape \(B, n\)"),
+        ([[1], [2, 3]], {}, "codes must be a rectangular array of integers"),
+        ([[1, 2]], {"num_tokens": 3}, "between 1 and 2, got 3"),
+        ([[1, 2]], {"num_tokens": [1, 0]}, "between 1 and 2, got 0"),
+        ([[1, 2]], {"output_type": "latent"}, "output_type must be one of pil, np, pt, got 'latent'"),
+    ],
+)
+def test_bad_codes_are_told(pipe, codes, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.decode(codes, **arguments)
+
+
+# Housekeeping ---------------------------------------------------------------------------------------------
+
+
+def test_components(pipe):
+    assert pipe.components == {"tokenizer": pipe.tokenizer, "transformer": pipe.transformer}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_to_dtype(dtype):
+    pipe = tiny_pipeline().to(dtype)
+    assert {model.dtype for model in pipe.components.values()} == {dtype} and pipe.dtype == dtype
+    out = pipe([0, 1, 2, 3], generator=seed(), output_type="pt")
+    assert out.images.dtype == dtype and out.images.isfinite().all() and out.codes.shape == (4, N)
+    double = tiny_pipeline()
+    assert (out.images.double() - double.decode(out.codes)).abs().max() < 0.05
+    assert pipe(0, output_type="np").images.dtype == np.float32  # numpy has no bfloat16
+    assert len(list(pipe.stream(0, every=6))) == 2
+    # The same images give nearly the same codes in each type.
+    x = torch.rand(16, 1, 16, 16, generator=seed())
+    assert (pipe.encode(x) == double.encode(x)).double().mean() > 0.9
+
+
+def test_to_device():
+    pipe = tiny_pipeline().to("meta")
+    assert {model.device.type for model in pipe.components.values()} == {"meta"}
+    assert tiny_pipeline().to("cpu").device.type == "cpu"
+
+
+def test_progress_bar(pipe, capsys):
+    pipe.set_progress_bar_config()
+    pipe(1)
+    assert f"{N}/{N}" in capsys.readouterr().err
+    list(pipe.stream(1, prefix_codes=[[1, 2]]))
+    assert f"{N - 2}/{N - 2}" in capsys.readouterr().err
+    pipe.set_progress_bar_config(disable=True)
+    pipe(1)
+    assert capsys.readouterr().err == ""
+
+
+def test_attention_slicing_switch_is_harmless(pipe):
+    codes = pipe(1, generator=seed(), output_type="latent").codes
+    pipe.enable_attention_slicing()
+    assert torch.equal(pipe(1, generator=seed(), output_type="latent").codes, codes)
+
+
+@pytest.fixture
+def onloaded(monkeypatch):
+    """Names of the models in the order in which the offload hooks bring them to the device."""
+    from accelerate.hooks import CpuOffload
+
+    names = []
+    real = CpuOffload.pre_forward
+
+    def pre_forward(self, module, *args, **kwargs):
+        names.append({"SpectralTokenizer": "tok", "SpectralARTransformer": "ar"}[type(module).__name__])
+        return real(self, module, *args, **kwargs)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", pre_forward)
+    return names
+
+
+def test_model_cpu_offload(onloaded):
+    pipe = tiny_pipeline()
+    expected = pipe([1, 2], generator=seed(), output_type="pt")
+    pipe.enable_model_cpu_offload(device="cpu")
+    out = pipe([1, 2], generator=seed(), output_type="pt")
+    assert torch.equal(out.images, expected.images)
+    assert onloaded == ["ar"] * N + ["tok"]  # each is there before it is used
+    # Freed, and put in place again for the next call.
+    assert len(pipe._all_hooks) == 2 and all(hasattr(model, "_hf_hook") for model in pipe.components.values())
+    onloaded.clear()
+    frames = [event.images for event in pipe.stream([1, 2], generator=seed(), output_type="pt", every=6)]
+    assert torch.allclose(frames[-1], expected.images, atol=1e-10)
+    assert onloaded == ["ar"] * 6 + ["tok"] + ["ar"] * 6 + ["tok"]
+    onloaded.clear()
+    assert torch.equal(pipe.encode(pipe.decode(out.codes)), tiny_pipeline().encode(expected.images))
+    assert onloaded == ["tok", "tok"]
+
+
+def test_hooks_are_freed_after_an_error_too(pipe, freed):
+    def fail(*_):
+        raise RuntimeError("from the callback")
+
+    with pytest.raises(RuntimeError, match="from the callback"):
+        pipe(1, callback_on_step_end=fail)
+    with pytest.raises(RuntimeError, match="from the callback"):
+        list(pipe.stream(1, callback_on_step_end=fail))
+    with pytest.raises(ValueError, match="between 0 and 31"):
+        pipe.decode([[99]])
+    assert len(freed) == 3
+
+
+def test_sequential_offload_is_refused(pipe):
+    with pytest.raises(NotImplementedError, match="use enable_model_cpu_offload"):
+        pipe.enable_sequential_cpu_offload()
+
+
+def test_models_must_fit_each_other():
+    with pytest.raises(ValueError, match="codebook_size is 32 in the tokenizer and 16 in the transformer"):
+        SpectralARPipeline(tiny_tokenizer(), tiny_transformer(codebook_size=16))
+    with pytest.raises(ValueError, match="num_tokens is 12 in the tokenizer and 8 in the transformer"):
+        SpectralARPipeline(tiny_tokenizer(), tiny_transformer(num_tokens=8))
+    with pytest.raises(ValueError, match="between 0 and 3, got 4"):
+        SpectralARPipeline(tiny_tokenizer(), tiny_transformer(), id2label={4: "cat"})

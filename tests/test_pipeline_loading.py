@@ -1,0 +1,222 @@
+"""Files of a pipeline: what is saved, and every way to load it again."""
+
+import json
+import logging
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.utils import filter_repo_objects
+
+import spectralar
+import spectralar.pipeline
+from spectralar import SpectralARPipeline
+from tests.helpers import CLASS_NAMES, tiny_pipeline, tiny_transformer
+
+GENERIC = {"custom_pipeline": "pipeline", "trust_remote_code": True}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline(dtype=torch.float32)
+
+
+@pytest.fixture
+def folder(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def files(folder) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+
+
+def assert_same(loaded, pipe, dtype=torch.float32):
+    """Equal bits in all weights, of a fresh type `dtype`, and equal images."""
+    for name, model in pipe.components.items():
+        saved, found = model.state_dict(), loaded.components[name].state_dict()
+        assert saved.keys() == found.keys()
+        assert all(found[key].dtype == dtype and torch.equal(found[key], saved[key].to(dtype)) for key in saved)
+        assert not loaded.components[name].training
+        assert {k: v for k, v in loaded.components[name].config.items() if k[0] != "_"} == {
+            k: v for k, v in model.config.items() if k[0] != "_"
+        }
+    loaded.set_progress_bar_config(disable=True)
+    out = loaded(["sneaker", 3], generator=torch.manual_seed(0), output_type="pt")
+    assert out.images.dtype == dtype
+    if dtype == torch.float32:
+        expected = pipe(["sneaker", 3], generator=torch.manual_seed(0), output_type="pt")
+        assert torch.equal(out.codes, expected.codes) and torch.equal(out.images, expected.images)
+
+
+def test_what_is_saved(folder):
+    assert files(folder) == [
+        "model_index.json", "pipeline.py", "tokenizer/config.json",
+        "tokenizer/diffusion_pytorch_model.safetensors", "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["tokenizer"] == ["spectralar.tokenizer", "SpectralTokenizer"]
+    assert index["transformer"] == ["spectralar.transformer", "SpectralARTransformer"]
+    assert index["id2label"] == {str(i): name for i, name in CLASS_NAMES.items()}
+
+
+def test_round_trip_is_exact_and_silent(pipe, folder, tmp_path, monkeypatch):
+    messages = []
+    handler = logging.Handler(logging.WARNING)
+    monkeypatch.setattr(handler, "emit", lambda record: messages.append(record.getMessage()))
+    logger = logging.getLogger("diffusers")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    loaded = SpectralARPipeline.from_pretrained(folder)
+    assert not messages
+    assert_same(loaded, pipe)
+    assert loaded.config.id2label == CLASS_NAMES and loaded.labels == pipe.labels
+    loaded.save_pretrained(tmp_path / "again")
+    for name in files(folder):
+        if name.endswith(".safetensors"):
+            assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_names_in_order_beyond_nine():
+    """JSON sorts ids as strings, 10 before 2."""
+    names = {i: f"class {i}" for i in range(12)}
+    pipe = tiny_pipeline(id2label={str(i): names[i] for i in sorted(names, key=str)}, transformer={"num_classes": 12})
+    assert list(pipe.config.id2label.items()) == list(names.items())
+    assert pipe.class_names == list(names.values())
+
+
+def test_a_pipeline_without_names(tmp_path):
+    tiny_pipeline(id2label=None).save_pretrained(tmp_path)
+    loaded = SpectralARPipeline.from_pretrained(tmp_path)
+    assert loaded.config.id2label is None and loaded.labels == {}
+    assert loaded.get_label_ids([0, 3]) == [0, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(pipe, folder, tmp_path, dtype):
+    loaded = SpectralARPipeline.from_pretrained(folder, dtype=dtype)
+    assert_same(loaded, pipe, dtype)
+    loaded.save_pretrained(tmp_path / "half")
+    again = SpectralARPipeline.from_pretrained(tmp_path / "half", dtype=dtype)
+    for arguments in ({"output_type": "pt"}, {"output_type": "pt", "guidance_scale": 1.0}):
+        first, second = (p([0, 1], generator=torch.manual_seed(0), **arguments) for p in (loaded, again))
+        assert torch.equal(first.codes, second.codes) and torch.equal(first.images, second.images)
+
+
+def test_the_generic_loader(pipe, folder):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        loaded = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **GENERIC)
+        assert type(loaded) is SpectralARPipeline
+        assert_same(loaded, pipe, dtype)
+
+
+def test_the_generic_loader_where_nothing_is_imported(folder, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "spectralar"]:
+        monkeypatch.delitem(sys.modules, name)
+    loaded = DiffusionPipeline.from_pretrained(folder, **GENERIC)
+    assert type(loaded).__name__ == "SpectralARPipeline" and type(loaded) is not SpectralARPipeline
+    assert loaded(0, output_type="np").images.shape == (1, 16, 16, 1)
+    for name in [name for name in sys.modules if name.split(".")[0] == "spectralar"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_variants(pipe, tmp_path):
+    half = SpectralARPipeline(**pipe.components, **pipe.parameters)
+    half.save_pretrained(tmp_path, variant="fp16")
+    assert "tokenizer/diffusion_pytorch_model.fp16.safetensors" in files(tmp_path)
+    assert_same(SpectralARPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16), pipe, torch.float16)
+    assert_same(DiffusionPipeline.from_pretrained(tmp_path, variant="fp16", **GENERIC), pipe)
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model.safetensors"):  # the library's words
+        SpectralARPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="bf16"):
+        SpectralARPipeline.from_pretrained(tmp_path, variant="bf16")
+
+
+def test_no_pickles(pipe, folder, tmp_path):
+    with pytest.raises(ValueError, match="saved to safetensors only"):
+        pipe.save_pretrained(tmp_path / "pickles", safe_serialization=False)
+    assert not (tmp_path / "pickles").exists()
+    with pytest.raises(ValueError, match="loaded from safetensors only"):
+        SpectralARPipeline.from_pretrained(folder, use_safetensors=False)
+    for name, model in pipe.components.items():
+        (folder / name / "diffusion_pytorch_model.safetensors").unlink()
+        model.save_pretrained(folder / name, safe_serialization=False)
+    assert "tokenizer/diffusion_pytorch_model.bin" in files(folder)
+    with pytest.raises(OSError, match="safetensors"):
+        SpectralARPipeline.from_pretrained(folder)
+
+
+def test_components_can_be_given(pipe, folder):
+    other = tiny_transformer(seed=5)
+    loaded = SpectralARPipeline.from_pretrained(folder, transformer=other, id2label={0: "cat"})
+    assert loaded.transformer is other and loaded.labels == {"cat": 0}
+
+
+def test_the_tokenizer_alone_encodes_and_decodes(pipe, folder):
+    loaded = SpectralARPipeline.from_pretrained(folder, transformer=None, id2label=None)
+    x = torch.rand(2, 1, 16, 16)
+    assert torch.equal(loaded.encode(x), pipe.encode(x))
+    assert torch.equal(loaded.decode(pipe.encode(x), [1, 12]), pipe.decode(pipe.encode(x), [1, 12]))
+
+
+# The Hub --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch, folder):
+    """A Hub with one repository; what was asked of it."""
+    asked = []
+
+    def snapshot_download(repo_id, **arguments):
+        asked.append((repo_id, arguments))
+        return str(folder)
+
+    monkeypatch.setattr(spectralar.pipeline, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_a_hub_id_is_downloaded_first(pipe, hub):
+    loaded = SpectralARPipeline.from_pretrained("owner/name", revision="v1", token="t", cache_dir="c")
+    [(repo_id, arguments)] = hub
+    assert repo_id == "owner/name"
+    assert {name: arguments[name] for name in ("revision", "token", "cache_dir")} == {
+        "revision": "v1", "token": "t", "cache_dir": "c",
+    }  # fmt: skip
+    assert_same(loaded, pipe)
+    assert_same(SpectralARPipeline.from_pretrained("owner/name", dtype=torch.float16), pipe, torch.float16)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_only_what_is_needed_is_downloaded(hub, folder, pipe, variant):
+    if variant:
+        pipe.save_pretrained(folder, variant=variant)
+    SpectralARPipeline.from_pretrained("owner/name", variant=variant)
+    [(_, arguments)] = hub
+    weights = "transformer/diffusion_pytorch_model"
+    needed = ["model_index.json", "tokenizer/config.json", f"{weights}.safetensors.index.json"]
+    needed += [f"{weights}.safetensors", f"{weights}-00001-of-00002.safetensors"]
+    of_variant = [f"{weights}.fp16.safetensors", f"{weights}.fp16-00001-of-00002.safetensors"]
+    others = ["README.md", "pipeline.py", f"{weights}.bin", "samples.png"]
+    patterns = {name: arguments[name] for name in ("allow_patterns", "ignore_patterns")}
+    taken = set(filter_repo_objects(needed + of_variant + others, **patterns))
+    assert taken == set(needed + (of_variant if variant else []))
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "/nowhere", "../x", "a b", ""])
+def test_neither_folder_nor_hub_id(hub, name):
+    with pytest.raises(ValueError, match="neither a folder nor a Hub id such as 'owner/name'"):
+        SpectralARPipeline.from_pretrained(name)
+    assert not hub
+
+
+# The package ----------------------------------------------------------------------------------------------
+
+
+def test_the_package_names_its_version():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert spectralar.__version__ == project["version"]
+    models = {"SpectralARPipeline", "SpectralARTransformer", "SpectralTokenizer"}
+    assert set(spectralar.__all__) == models | {"__version__"} and models <= set(dir(spectralar))
