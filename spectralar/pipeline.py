@@ -105,7 +105,11 @@ class SpectralARPipeline(DiffusionPipeline):
                 if ours != theirs:
                     raise ValueError(f"{name} is {ours} in the tokenizer and {theirs} in the transformer.")
         self.register_modules(tokenizer=tokenizer, transformer=transformer)
-        self._names = LabelNames(id2label, 0 if transformer is None else transformer.config.num_classes)
+        if transformer is None:
+            id2label, num_classes = None, 0
+        else:
+            num_classes = transformer.config.num_classes
+        self._names = LabelNames(id2label, num_classes)
         self.register_to_config(id2label=self._names.id2label or None)
 
     # ------------------------------------------------------------------------------------------------ properties

@@ -51,6 +51,7 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = False
+    _supports_group_offloading = False  # its hooks sit on `forward`, and inference runs without it
 
     @register_to_config
     def __init__(

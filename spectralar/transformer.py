@@ -51,6 +51,7 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = False
+    _supports_group_offloading = False  # its hooks sit on `forward`, and inference runs without it
     _no_split_modules = ["AdaLNBlock"]
 
     @register_to_config

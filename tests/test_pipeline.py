@@ -637,9 +637,11 @@ def test_hooks_are_freed_after_an_error_too(pipe, freed):
     assert len(freed) == 3
 
 
-def test_sequential_offload_is_refused(pipe):
+def test_offloading_by_submodules_is_refused(pipe):
     with pytest.raises(NotImplementedError, match="use enable_model_cpu_offload"):
         pipe.enable_sequential_cpu_offload()
+    with pytest.raises(ValueError, match="SpectralTokenizer does not support group offloading"):
+        pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
 
 
 def test_models_must_fit_each_other():

@@ -156,7 +156,7 @@ def test_components_can_be_given(pipe, folder):
 
 
 def test_the_tokenizer_alone_encodes_and_decodes(pipe, folder):
-    loaded = SpectralARPipeline.from_pretrained(folder, transformer=None, id2label=None)
+    loaded = SpectralARPipeline.from_pretrained(folder, transformer=None)
     x = torch.rand(2, 1, 16, 16)
     assert torch.equal(loaded.encode(x), pipe.encode(x))
     assert torch.equal(loaded.decode(pipe.encode(x), [1, 12]), pipe.decode(pipe.encode(x), [1, 12]))
