@@ -54,27 +54,35 @@ class StoredCodes:
     class_names: list[str]
 
 
-def read_shards(folder: Path, split: str, tokenizer: SpectralTokenizer) -> StoredCodes:
-    """All stored copies of a split.
+def read_shards(folder: Path, wanted: dict[str, dict[str, str]]) -> StoredCodes:
+    """The stored copies of a split, in the order of `wanted`.
+
+    Args:
+        folder: where `write_shard` wrote them.
+        wanted: by file name, what the identity of each shard has to hold.
 
     Raises:
-        ValueError: if there are none, or they were made by another tokenizer.
+        ValueError: if a shard is missing, damaged, or was made by another tokenizer or with other settings.
     """
-    paths = sorted(folder.glob(f"{split}-*.safetensors"))
-    if not paths:
-        raise ValueError(f"{folder} holds no codes of {split!r}: run train.encode_dataset with the same preset first.")
-    own = fingerprint(tokenizer)
-    copies, names = [], []
-    for path in paths:
+    again = "run train.encode_dataset again."
+    copies, labels, names = [], None, []
+    for name, expected in wanted.items():
+        path = folder / name
+        if not path.exists():
+            raise ValueError(f"There are no codes in {path}: run train.encode_dataset with the same preset first.")
         identity = shard_identity(path)
         if identity is None:
-            raise ValueError(f"{path} is damaged: delete it and run train.encode_dataset again.")
-        if identity.get("tokenizer") != own:
-            raise ValueError(
-                f"{path} holds codes of another tokenizer ({identity.get('tokenizer', 'unknown')[:12]}, this one is "
-                f"{own[:12]}): run train.encode_dataset again."
-            )
+            raise ValueError(f"{path} is damaged: {again}")
+        if identity.get("tokenizer") != expected["tokenizer"]:
+            theirs, own = identity.get("tokenizer", "unknown")[:12], expected["tokenizer"][:12]
+            raise ValueError(f"{path} holds codes of another tokenizer ({theirs}, this one is {own}): {again}")
+        for key, value in expected.items():
+            if identity.get(key) != value:
+                raise ValueError(f"{path} was made with {key}={identity.get(key)}, not {value}: {again}")
         with safe_open(str(path), framework="pt") as file:
-            copies.append((file.get_tensor("codes"), file.get_tensor("labels")))
+            copies.append(file.get_tensor("codes"))
+            if labels is not None and not torch.equal(labels, file.get_tensor("labels")):
+                raise ValueError(f"{path} was made from other images than the shards before it: {again}")
+            labels = file.get_tensor("labels")
         names = json.loads(identity["class_names"])
-    return StoredCodes(torch.stack([codes for codes, _ in copies]), copies[0][1].long(), names)
+    return StoredCodes(torch.stack(copies), labels.long(), names)

@@ -1,7 +1,7 @@
-"""What both training stages share: command line, step loop, schedule, checkpoints, logs.
+"""What both training stages share: step loop, schedule, optimiser, averaged weights, logs, and how a run ends.
 
 All randomness of a step derives from (seed, step): data order, augmentation, prefix lengths, dropout. A resumed
-run therefore continues exactly as the uninterrupted one, on any number of processes.
+run therefore continues exactly as the uninterrupted one. Nothing but dropout depends on the number of processes.
 """
 
 from __future__ import annotations
@@ -10,45 +10,31 @@ import argparse
 import json
 import math
 import os
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import Config, StageConfig, config_to_dict, load_config, save_config
+from .checkpoints import Checkpoints
+from .config import Config, StageConfig, config_to_dict, save_config
+from .data import step_indices
 
-CHECKPOINTS_KEPT = 2  # the newest, and one to fall back on when the newest is damaged
+STOP_EVERY = 10  # steps between the questions whether another process wants to stop: each one waits for the device
+NEVER = torch.iinfo(torch.int64).max
 # Parameters that are looked up or added, not multiplied: no weight decay on them.
 NO_DECAY = ("position", "queries", "mask_tokens", "codebook", "embed.weight", "embedding", "table")
 
 
-def parse_arguments(description: str, argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
-    """The command line of a training stage: PRESET, --output, --max-minutes, --dry-run, key=value overrides."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("preset", help="a name in train/configs, or the path of a .yaml file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. train_tokenizer.lr=5e-4")
-    parser.add_argument("--output", type=Path, help="folder of the run (default: runs/NAME)")
-    parser.add_argument(
-        "--max-minutes", type=float, default=math.inf,
-        help="stop after so many minutes with a checkpoint; the same command goes on from there",
-    )  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="three steps, printed throughput, nothing written")
-    args = parser.parse_intermixed_args(argv)
-    try:
-        config = load_config(args.preset, args.overrides)
-    except ValueError as error:
-        parser.error(str(error))
-    args.output = args.output or Path("runs") / config.name
-    return args, config
+# ------------------------------------------------------------------------------------------------ optimisation
 
 
 def learning_rate(step: int, stage: StageConfig) -> float:
@@ -76,11 +62,52 @@ def make_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
     )
 
 
+def make_ema(parameters: list[nn.Parameter], decay: float) -> EMAModel:
+    """Exponential moving average of the weights; the decay of step s is min(decay, s / (9 + s)), 0 at the first."""
+    return EMAModel(parameters, decay=decay)
+
+
+# ------------------------------------------------------------------------------------------------ a run
+
+
+class StepClock:
+    """Wall time of steps and, apart, of their data; without what is no training (measuring, sampling, saving).
+
+    On an accelerator it is right over an interval that ends by waiting for the device, as reading a loss does.
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._start, self._data, self._paused = time.perf_counter(), 0.0, 0.0
+
+    @contextmanager
+    def data(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._data += time.perf_counter() - start
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def read(self) -> tuple[float, float]:
+        """Seconds of training since the last reading, and the share of them that went into data; starts again."""
+        seconds, data = time.perf_counter() - self._start - self._paused, self._data
+        self.restart()
+        return seconds, data / seconds
+
+
 class Run:
     """One training stage in one folder: resumes from its newest whole checkpoint, saves, logs, keeps time.
 
+    Nothing is written before `resume`.
+
     Args:
-        stage_name: "tokenizer" or "transformer"; names the sub-folder.
+        stage_name: "tokenizer", "transformer" or "classifier": the section of the model, and part of the sub-folder.
         config: the whole configuration; a copy is written beside the checkpoints.
         stage: this stage's part of it.
         args: from `parse_arguments`.
@@ -95,198 +122,249 @@ class Run:
             log_with=None if self.dry else "tensorboard",
             project_dir=str(self.folder),
         )
-        world = self.accelerator.num_processes
-        if stage.batch_size % (world * stage.grad_accumulation):
-            raise SystemExit(
-                f"batch_size {stage.batch_size} must be a multiple of processes x grad_accumulation "
-                f"({world} x {stage.grad_accumulation})."
-            )
-        self.micro_batch = stage.batch_size // (world * stage.grad_accumulation)
         self.is_main = self.accelerator.is_main_process
-        self.started = time.monotonic()
-        self.stop_reason = ""
-        set_seed(stage.seed)
-        if not self.dry:
-            self.accelerator.init_trackers("tensorboard")
-            if self.is_main:
-                save_config(config, self.folder / "config.yaml")
+        slices = self.accelerator.num_processes * stage.grad_accumulation
+        if stage.batch_size % slices:
+            self.exit(
+                f"batch_size {stage.batch_size} must be a multiple of processes x grad_accumulation "
+                f"({self.accelerator.num_processes} x {stage.grad_accumulation})."
+            )
+        self.micro_batch = stage.batch_size // slices
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.accelerator)
+        self.clock = StepClock()
+        self._started = time.monotonic()
+        self._stop_reason, self._stop_signal = "", 0
+        self._first_bad: dict[str, Tensor] = {}
+        self._timed_from, self._speed = 0, {"time/images_per_second": 0.0, "time/data_share": 0.0}
+        sections = {stage_name, "tokenizer"} if stage_name == "transformer" else {stage_name}
+        self._identity: dict[str, Any] = {name: config_to_dict(config)[name] for name in sections}
+        set_seed(stage.seed % 2**32)  # of the initial weights
 
     # ---------------------------------------------------------------------------------------------- steps
 
     def steps(self, first: int) -> Iterator[int]:
         """Step numbers from `first` to the last, with a progress bar; ends early on a signal or out of time."""
-        last = min(self.stage.steps, first + 3) if self.dry else self.stage.steps
+        last = min(self.stage.steps, 3) if self.dry else self.stage.steps
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
-        bar = tqdm(
+        self._bar = tqdm(
             range(first, last), initial=first, total=last, desc=self.folder.name, disable=not self.is_main,
             unit="img", unit_scale=self.stage.batch_size, mininterval=2, smoothing=0.05,
         )  # fmt: skip
-        self._bar = bar
-        for step in bar:
+        for step in self._bar:
+            if step <= first + 1:  # the first step compiles, allocates, fills caches: its speed says nothing
+                self.clock.restart()
+                self._timed_from = step
             # Dropout draws from the global generators: a function of the step and the process alone.
-            torch.manual_seed((self.stage.seed * 1_000_003 + step) * 4096 + self.accelerator.process_index)
+            torch.manual_seed(((self.stage.seed * 1_000_003 + step) * 4096 + self.accelerator.process_index) % 2**63)
             yield step
-            if self._should_stop():
+            if self._should_stop(step):
                 break
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self.stop_reason = f"got {signal.Signals(number).name}"
+        self._stop_reason, self._stop_signal = f"got {signal.Signals(number).name}", number
 
-    def _should_stop(self) -> bool:
-        if not self.stop_reason and time.monotonic() - self.started > 60 * self.args.max_minutes:
-            self.stop_reason = f"{self.args.max_minutes:g} minutes are over"
-        if self.accelerator.num_processes > 1:  # clocks differ: stop together
-            flag = torch.tensor(float(bool(self.stop_reason)), device=self.accelerator.device)
-            if self.accelerator.reduce(flag, "sum").item() and not self.stop_reason:
-                self.stop_reason = "another process stops"
-        return bool(self.stop_reason)
+    def _should_stop(self, step: int) -> bool:
+        if not self._stop_reason and time.monotonic() - self._started > 60 * self.args.max_minutes:
+            self._stop_reason = f"{self.args.max_minutes:g} minutes are over"
+        if self.accelerator.num_processes > 1:  # signals and clocks differ: stop together
+            if step % STOP_EVERY:
+                return False
+            flag = torch.tensor(float(bool(self._stop_reason)), device=self.accelerator.device)
+            if self.accelerator.reduce(flag, "sum").item() and not self._stop_reason:
+                self._stop_reason = "another process stops"
+        return bool(self._stop_reason)
 
-    def micro_batches(self, n: int, step: int, indices: Callable[..., Tensor]) -> Iterator[tuple[Tensor, int]]:
-        """This process's slices of the step's global batch: (indices (b,), slice number in the global batch)."""
-        chosen = indices(n, self.stage.batch_size, self.stage.seed, step)
+    def micro_batches(self, n: int, step: int) -> Iterator[tuple[Tensor, int, int]]:
+        """This process's slices of the step's global batch out of n images.
+
+        Yields (indices (b,), number of the slice in the global batch, number of slices in it).
+        """
+        try:
+            chosen = step_indices(n, self.stage.batch_size, self.stage.seed, step)
+        except ValueError as error:
+            self.exit(str(error))
         for part in range(self.stage.grad_accumulation):
             # A process's parts are neighbours, so that parts and processes in order make up the global batch.
             slot = self.accelerator.process_index * self.stage.grad_accumulation + part
-            yield chosen[slot * self.micro_batch : (slot + 1) * self.micro_batch], slot
+            mine = chosen[slot * self.micro_batch : (slot + 1) * self.micro_batch]
+            yield mine, slot, self.stage.batch_size // self.micro_batch
 
     def generator(self, step: int, purpose: int) -> torch.Generator:
         """An equally seeded generator on every process, one for each step and purpose."""
-        return torch.Generator().manual_seed((self.stage.seed * 1_000_003 + step) * 16 + purpose)
+        return torch.Generator().manual_seed(((self.stage.seed * 1_000_003 + step) * 16 + purpose) % 2**63)
 
-    def optimise(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], step: int) -> float:
+    def to_device(self, x: Tensor) -> Tensor:
+        """x on the accelerator, without waiting for what runs there."""
+        device = self.accelerator.device
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+    def optimise(
+        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], losses: dict[str, Tensor], step: int
+    ) -> Tensor:
         """Clips, sets the step's learning rate, steps and clears; the gradient norm before clipping."""
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, self.stage)
         norm = self.accelerator.clip_grad_norm_(parameters, self.stage.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        # Under fp16 the gradient scaler skips steps of infinite gradients: part of its search for a scale.
+        self._watch(losses if self.accelerator.scaler is not None else {**losses, "the gradient norm": norm}, step)
         return norm
 
-    def check_finite(self, losses: dict[str, Tensor], step: int) -> None:
-        """Ends the run with one sentence at the first loss that is not finite; the last checkpoint stays as it is."""
-        for name, value in losses.items():
-            if not torch.isfinite(value).all():
-                raise SystemExit(
-                    f"Step {step}: {name} is {value.item()}. The last good state is in "
-                    f"{self.folder / 'checkpoints'}; a lower lr or another mixed_precision usually helps."
-                )
+    def _watch(self, terms: dict[str, Tensor], step: int) -> None:
+        """Notes on the device the first step at which each term is not finite: nothing waits for it here."""
+        for name, value in terms.items():
+            known = self._first_bad.get(name)
+            if known is None:
+                known = torch.full((), NEVER, device=value.device)
+            self._first_bad[name] = torch.where(value.detach().isfinite().all(), known, known.clamp(max=step))
+
+    def check_finite(self) -> None:
+        """Ends the run with one sentence if a step since the last look had a term that was not finite."""
+        if not self._first_bad:
+            return
+        first_bad = self.accelerator.gather(torch.stack([*self._first_bad.values()])[None])  # (processes, terms)
+        steps = first_bad.amin(dim=0).tolist()
+        step, name = min(zip(steps, self._first_bad, strict=True), key=lambda pair: pair[0])  # first of equals
+        if step < NEVER:
+            self.exit(
+                f"Step {step}: {name} is not finite. The last good state is in {self.checkpoints.folder}; a lower lr "
+                "or another mixed_precision usually helps, and the same command with it goes on from there."
+            )
+
+    @contextmanager
+    def averaged(self, ema: EMAModel, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, and the clock of the steps halted."""
+        with self.clock.pause():
+            ema.store(parameters)
+            ema.copy_to(parameters)
+            yield
+            ema.restore(parameters)
 
     # -------------------------------------------------------------------------------------------- logging
 
-    def log(self, values: dict[str, float], step: int) -> None:
+    def due(self, every: int, done: int) -> bool:
+        """Whether something that comes every so many steps, and after the last one, comes after `done` steps."""
+        return done % every == 0 or done == self.stage.steps
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """Losses of any shape averaged over processes, each of which had an equal part of the batch.
+
+        Ends the run if one of an earlier step was not finite.
+        """
+        self.check_finite()
+        return self.accelerator.reduce(losses, "mean")
+
+    def log_step(self, values: dict[str, float], done: int) -> None:
+        """`log`, with the speed since the last time: images/s, and the share of the time that went into data."""
+        self._read_clock(done)
+        self.log(values | self._speed, done)
+
+    def _read_clock(self, done: int) -> None:
+        if done > self._timed_from:
+            seconds, share = self.clock.read()
+            images = (done - self._timed_from) * self.stage.batch_size
+            self._speed = {"time/images_per_second": images / seconds, "time/data_share": share}
+            self._timed_from = done
+
+    def log(self, values: dict[str, float], done: int) -> None:
         """Scalars to TensorBoard and to metrics.jsonl; the first few onto the progress bar."""
         if self.dry:
             return
-        self.accelerator.log(values, step=step)
+        self.accelerator.log(values, step=done)
         if self.is_main:
             self._bar.set_postfix({k: f"{v:.4g}" for k, v in list(values.items())[:4]}, refresh=False)
+            line = {"step": done, **{k: float(f"{v:.6g}") for k, v in values.items()}}
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **{k: round(float(v), 6) for k, v in values.items()}}) + "\n")
+                file.write(json.dumps(line) + "\n")
 
-    def log_images(self, name: str, grid: Tensor, step: int) -> None:
+    def log_images(self, name: str, grid: Tensor, done: int) -> None:
         """A grid (C, H, W) in [0, 1] to TensorBoard and to samples/."""
         if self.dry or not self.is_main:
             return
-        from PIL import Image
-
-        self.accelerator.get_tracker("tensorboard").writer.add_image(name, grid, step)
+        self.accelerator.get_tracker("tensorboard").writer.add_image(name, grid, done)
         pixels = (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        path = self.folder / "samples" / f"{name}-{step:07d}.png"
+        path = self.folder / "samples" / f"{name}-{done:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
-
-    # ---------------------------------------------------------------------------------------- checkpoints
-
-    def save(self, step: int) -> None:
-        """Writes a checkpoint that says: `step` steps are done. Whole or not there at all."""
-        if self.dry:
-            return
-        final = self.folder / "checkpoints" / f"step-{step:08d}"
-        partial = final.with_name(final.name + ".partial")
-        if final.exists():
-            return
-        if self.is_main and partial.exists():
-            shutil.rmtree(partial)
-        self.accelerator.wait_for_everyone()
-        try:
-            self.accelerator.save_state(str(partial), safe_serialization=True)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise SystemExit(
-                f"Step {step}: no checkpoint could be written ({error}); earlier ones are whole."
-            ) from error
-        self.accelerator.wait_for_everyone()
-        if self.is_main:
-            sizes = {str(p.relative_to(partial)): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
-            (partial / "manifest.json").write_text(json.dumps({"step": step, "sizes": sizes, **self._identity()}))
-            os.replace(partial, final)
-            for old in self._checkpoints()[:-CHECKPOINTS_KEPT]:
-                shutil.rmtree(old, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-
-    def resume(self) -> int:
-        """Loads the newest whole checkpoint; the number of steps done, 0 in a fresh folder."""
-        if self.dry:
-            return 0
-        for folder in reversed(self._checkpoints()):
-            manifest = self._manifest(folder)
-            if manifest is None:
-                self.print(f"{folder} is damaged; falling back on the one before.")
-                continue
-            different = [key for key, value in self._identity().items() if manifest.get(key) != value]
-            if different:
-                raise SystemExit(
-                    f"{folder} was trained with another {' and '.join(different)} section: use the settings of "
-                    f"{self.folder / 'config.yaml'} as it was, or another --output."
-                )
-            self.accelerator.load_state(str(folder))
-            self.print(f"Resumed from {folder}.")
-            return manifest["step"]
-        return 0
-
-    def _identity(self) -> dict[str, Any]:
-        """What may not change between a checkpoint and its resumption, as JSON gives it back."""
-        config = config_to_dict(self.config)
-        names = ("tokenizer",) if self.folder.name == "train_tokenizer" else ("tokenizer", "transformer")
-        return json.loads(json.dumps({name: config[name] for name in names}))
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted(p for p in (self.folder / "checkpoints").glob("step-*") if p.suffix != ".partial")
-
-    @staticmethod
-    def _manifest(folder: Path) -> dict[str, Any] | None:
-        """The checkpoint's manifest, None if a file is missing or has another size than was written."""
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            whole = all((folder / name).stat().st_size == size for name, size in manifest["sizes"].items())
-        except (OSError, ValueError, KeyError):
-            return None
-        return manifest if whole else None
 
     def print(self, text: str) -> None:
         if self.is_main:
             tqdm.write(text)
 
-    def finish(self, step: int) -> bool:
-        """Saves, says how the run ended; True when all steps are done."""
-        self.save(step)
-        done = step >= self.stage.steps
+    def exit(self, text: str) -> NoReturn:
+        """Ends the program with a sentence, which one process says."""
+        raise SystemExit(text if self.is_main else 1)
+
+    # ------------------------------------------------------------------------------------- start, save and end
+
+    def resume(self, **facts: Any) -> int:
+        """Loads the newest whole checkpoint and opens the logs; the number of steps done, 0 in a fresh folder.
+
+        facts: what else, beside the shape of the models, may not change between a checkpoint and its resumption.
+        """
+        self._identity |= facts
         if self.dry:
-            self.print("Dry run: nothing was written.")
-        elif done:
-            minutes = (time.monotonic() - self.started) / 60
-            self.print(f"Finished: {step} steps, {minutes:.1f} minutes since the last start.")
-        else:
-            self.print(f"Stopped at step {step} of {self.stage.steps}: {self.stop_reason}. The same command goes on.")
+            return 0
+        done = self.checkpoints.load(self._identity, self.print)
+        if self.is_main:
+            save_config(self.config, self.folder / "config.yaml")
+            self._cut_metrics(done)
+        # What TensorBoard has of steps after the checkpoint is hidden: they come again.
+        hidden = {"purge_step": done + 1} if done else {}
+        self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": hidden})
+        self.print(f"Checkpoints, metrics, samples and TensorBoard logs are in {self.folder}.")
+        return done
+
+    def _cut_metrics(self, done: int) -> None:
+        """Removes from metrics.jsonl what was logged after the checkpoint, and a line cut off by a kill."""
+        path = self.folder / "metrics.jsonl"
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                if json.loads(line)["step"] <= done:
+                    kept.append(line + "\n")
+            except ValueError:
+                pass
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)
+
+    def save(self, done: int) -> None:
+        """Writes a checkpoint of `done` steps, but never one of a state that is not finite."""
+        self.check_finite()
         if not self.dry:
-            self.accelerator.end_training()
-        return done and not self.dry
+            with self.clock.pause():
+                self.checkpoints.save(done, self._identity)
+
+    def finish(self, done: int) -> bool:
+        """Saves, says how the run ended; True when all steps are done.
+
+        Raises:
+            SystemExit: after a signal, with the exit code a shell expects: what was to come next must not.
+        """
+        self.save(done)
+        complete = done >= self.stage.steps and not self.dry
+        if self.dry:
+            self._read_clock(done)
+            rate, share = self._speed.values()
+            self.print(f"Dry run: {rate:.1f} images/s, {share:.1%} of the time for data; nothing was written.")
+        elif complete:
+            minutes = (time.monotonic() - self._started) / 60
+            self.print(f"Finished: {done} steps, {minutes:.1f} minutes since the last start.")
+        else:
+            self.print(f"Stopped at step {done} of {self.stage.steps}: {self._stop_reason}. The same command goes on.")
+        self.accelerator.end_training()
+        if self._stop_signal and not complete:
+            raise SystemExit(128 + self._stop_signal)
+        return complete
 
 
-def make_ema(parameters: list[nn.Parameter], decay: float) -> EMAModel:
-    """Exponential moving average of the weights, warmed up as (1 + step) / (10 + step)."""
-    return EMAModel(parameters, decay=decay)
+def evenly(n: int, count: int) -> Tensor:
+    """min(n, count) indices spread evenly over 0..n-1: of a data set sorted by class, some of every class."""
+    count = min(n, count)
+    return torch.arange(count) * n // count
 
 
 def image_grid(rows: list[Tensor], gap: int = 2) -> Tensor:

@@ -21,12 +21,14 @@ from spectralar.quantizer import CodebookRevival, codebook_statistics
 from spectralar.spectral import low_pass
 from spectralar.tokenizer import SpectralTokenizer
 
+from .checkpoints import publish
+from .command_line import clear_errors, parse_arguments, read_split
 from .config import Config
-from .data import ImageSet, augment, load_images, step_indices, to_float
-from .engine import Run, image_grid, make_ema, make_optimizer, parse_arguments
+from .data import ImageSet, augment, to_float
+from .engine import Run, evenly, image_grid, make_ema, make_optimizer
 
 REVIVAL_EVERY = 10  # steps between looks for dead codes: each look waits for the device
-EVAL_IMAGES = 1024
+EVAL_IMAGES, SHOWN_IMAGES = 1024, 10
 
 
 def sample_lengths(batch: int, samples: int, num_tokens: int, generator: torch.Generator) -> Tensor:
@@ -91,58 +93,58 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     forward = torch.compile(model) if stage.compile else model
     averaged = averaged_parameters(tokenizer)
     ema = make_ema(averaged, stage.ema_decay)
-    ema.to(device)
-    revival = CodebookRevival(tokenizer.quantizer, stage.revive_after, stage.seed)
+    revival, revived = CodebookRevival(tokenizer.quantizer, stage.revive_after, stage.seed), 0
     accelerator.register_for_checkpointing(ema, revival)
     cutoffs = torch.tensor((1, *tokenizer.cutoffs), device=device)  # indexed by prefix length
-    eval_images = heldout.images[:EVAL_IMAGES]
+    eval_images = heldout.images[evenly(len(heldout), EVAL_IMAGES)]
     run.print(f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.2f} M parameters, {len(data)} images.")
 
     done = run.resume()
+    ema.to(device)  # a checkpoint is loaded to the CPU
     for step in run.steps(done):
-        lengths = sample_lengths(stage.batch_size, stage.prefixes_per_step, num_tokens, run.generator(step, 0))
-        draws = [run.generator(step, 1) for _ in range(stage.grad_accumulation)]
+        with run.clock.data():
+            lengths = sample_lengths(stage.batch_size, stage.prefixes_per_step, num_tokens, run.generator(step, 0))
         sums: dict[str, Tensor] = {}
         parts: list[tuple[Tensor, Tensor]] = []
-        for part, (chosen, slot) in enumerate(run.micro_batches(len(data), step, step_indices)):
-            world = stage.batch_size // run.micro_batch
-            images = augment(data.images[chosen].to(device), config.data.augment, draws[part], slot, world)
-            x = to_float(images)
-            mine = lengths[slot * run.micro_batch : (slot + 1) * run.micro_batch].to(device)
+        for part, (chosen, slot, slots) in enumerate(run.micro_batches(len(data), step)):
+            with run.clock.data():
+                # Equal draws for each part, of which it takes its own slice.
+                images = run.to_device(data.images[chosen])
+                x = to_float(augment(images, config.data.augment, run.generator(step, 1), slot, slots))
+                mine = run.to_device(lengths[slot * run.micro_batch : (slot + 1) * run.micro_batch])
             synchronise = part + 1 == stage.grad_accumulation
-            with nullcontext() if synchronise else accelerator.no_sync(model), accelerator.autocast():
-                frames, quantized, latents = forward(x, mine)
+            with nullcontext() if synchronise else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    frames, quantized, latents = forward(x, mine)
                 losses = nested_loss(frames, x, mine, cutoffs)
-                losses["codebook"] = quantized.codebook_loss
-                losses["commitment"] = quantized.commitment_loss
+                losses |= {"codebook": quantized.codebook_loss, "commitment": quantized.commitment_loss}
                 quantizer = losses["codebook"] + stage.commitment * losses["commitment"]
                 loss = losses["full"] + losses["prefix"] + stage.quantizer_weight * quantizer
                 accelerator.backward(loss / stage.grad_accumulation)
             parts.append((quantized.codes, latents.detach()))
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach() / stage.grad_accumulation
-        norm = run.optimise(optimizer, list(model.parameters()), step)
+                sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0) + value.detach() / stage.grad_accumulation
+        norm = run.optimise(optimizer, list(model.parameters()), sums, step)
         ema.step(averaged)
         revive = step % REVIVAL_EVERY == 0 and step < stage.revive_until * stage.steps
-        revived = revival.update(*(torch.cat(x) for x in zip(*parts, strict=True)), step, revive)
+        revived += revival.update(*(torch.cat(x) for x in zip(*parts, strict=True)), step, revive)
 
         done = step + 1
-        if done % stage.log_every == 0 or done == stage.steps:
-            run.check_finite(sums, step)
-            values = {f"loss/{name}": value.item() for name, value in sums.items()}
+        if run.due(stage.log_every, done):
+            values = dict(zip(sums, run.mean(torch.stack([*sums.values()])).tolist(), strict=True))
             values |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"], "revived": revived}
-            run.log(values, done)
-        show, measure = (done % n == 0 or done == stage.steps for n in (stage.sample_every, stage.eval_every))
-        if show or measure:
-            ema.store(averaged)
-            ema.copy_to(averaged)
-            if measure:
-                values = evaluate(tokenizer, eval_images, device)
-                run.log(values, done)
-                run.print(f"step {done}: " + ", ".join(f"{k[5:]} {v:.2f}" for k, v in values.items()))
-            if show:
-                run.log_images("reconstruction", sample_grid(tokenizer, eval_images[:10], device), done)
-            ema.restore(averaged)
+            run.log_step(values, done)
+            revived = 0
+        measure, show = run.due(stage.eval_every, done), run.due(stage.sample_every, done) and run.is_main
+        if measure or show:
+            with run.averaged(ema, averaged):
+                if measure:
+                    values = evaluate(tokenizer, eval_images, device)
+                    run.log(values, done)
+                    run.print(f"step {done}: " + ", ".join(f"{k[5:]} {v:.2f}" for k, v in values.items()))
+                if show:
+                    shown = eval_images[evenly(len(eval_images), SHOWN_IMAGES)]
+                    run.log_images("reconstruction", sample_grid(tokenizer, shown, device), done)
         if done % stage.checkpoint_every == 0:
             run.save(done)
 
@@ -150,14 +152,15 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
         ema.copy_to(averaged)
         folder = run.args.output / "tokenizer"
         # Half precision is what ships, so it is what stage 2 must learn from.
-        tokenizer.half().save_pretrained(folder)
+        publish(folder, tokenizer.half().save_pretrained)
         run.print(f"Tokenizer in {folder}.")
 
 
 def main(argv: list[str] | None = None) -> None:
     args, config = parse_arguments(__doc__.split("\n\n")[0], argv)
-    run = Run("tokenizer", config, config.train_tokenizer, args)
-    train(run, config, load_images(config.data, "train"), load_images(config.data, "eval"))
+    with clear_errors():
+        run = Run("tokenizer", config, config.train_tokenizer, args)
+        train(run, config, read_split(config, "train"), read_split(config, "eval"))
 
 
 if __name__ == "__main__":

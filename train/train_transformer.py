@@ -14,17 +14,19 @@ from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
-from spectralar.pipeline import SpectralARPipeline
 from torch import Tensor
 
+from spectralar.pipeline import SpectralARPipeline
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.transformer import SpectralARTransformer
 
-from .codes import read_shards
+from .checkpoints import publish
+from .codes import fingerprint, read_shards
+from .command_line import clear_errors, parse_arguments, read_split
 from .config import Config
-from .data import ImageSet, augment, load_images, step_indices, to_float
-from .encode_dataset import encode_images, load_tokenizer
-from .engine import Run, image_grid, make_ema, make_optimizer, parse_arguments
+from .data import ImageSet, augment, to_float
+from .encode_dataset import encode_images, load_tokenizer, wanted_shards
+from .engine import Run, evenly, image_grid, make_ema, make_optimizer
 
 EVAL_IMAGES = 2048
 SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_GUIDANCE = 10, 8, 2.0
@@ -37,39 +39,40 @@ class CodeSource:
         self.config, self.run, self.tokenizer = config, run, tokenizer
         self.images: ImageSet | None = None
         if config.train_transformer.codes == "stored" and not run.dry:
+            folder = run.args.output / "codes"
             try:
-                stored = read_shards(run.args.output / "codes", "train", tokenizer)
-                heldout = read_shards(run.args.output / "codes", "eval", tokenizer)
+                stored = read_shards(folder, wanted_shards(config, "train", tokenizer))
+                heldout = read_shards(folder, wanted_shards(config, "eval", tokenizer))
             except ValueError as error:
-                raise SystemExit(str(error)) from error
+                run.exit(str(error))
             self.codes, self.labels, self.class_names = stored.codes, stored.labels, stored.class_names
-            self.heldout = heldout.codes[0, :EVAL_IMAGES].long(), heldout.labels[:EVAL_IMAGES]
+            measured = evenly(len(heldout.labels), EVAL_IMAGES)
+            self.heldout = heldout.codes[0, measured].long(), heldout.labels[measured]
         else:
-            self.images = load_images(config.data, "train")
+            self.images = read_split(config, "train")
             self.labels, self.class_names = self.images.labels, self.images.class_names
-            heldout = load_images(config.data, "eval")
-            heldout.images = heldout.images[:EVAL_IMAGES]
-            codes = encode_images(tokenizer, heldout, [], 0, run.accelerator.device)
-            self.heldout = codes.long(), heldout.labels[:EVAL_IMAGES]
+            heldout = read_split(config, "eval")
+            measured = evenly(len(heldout), EVAL_IMAGES)
+            codes = encode_images(tokenizer, heldout.images[measured], [], 0)
+            self.heldout = codes.long(), heldout.labels[measured]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, chosen: Tensor, slot: int, step: int) -> tuple[Tensor, Tensor]:
-        """Codes (b, N) and labels (b,) of this process's slice `slot` of the step, label dropout included."""
-        stage, device = self.config.train_transformer, self.run.accelerator.device
+    def batch(self, chosen: Tensor, slot: int, slots: int, step: int) -> tuple[Tensor, Tensor]:
+        """Codes (b, N) and labels (b,) of a slice of the step's batch (see `Run.micro_batches`); some labels null."""
+        stage, run = self.config.train_transformer, self.run
         mine = slice(slot * len(chosen), (slot + 1) * len(chosen))
-        if self.images is None:
-            copy = torch.randint(len(self.codes), (stage.batch_size,), generator=self.run.generator(step, 0))[mine]
-            codes = self.codes[copy, chosen].long().to(device)
-        else:
-            images = self.images.images[chosen].to(device)
-            slices = stage.batch_size // len(chosen)
-            images = augment(images, self.config.data.augment, self.run.generator(step, 0), slot, slices)
-            with torch.no_grad():
-                codes = self.tokenizer.encode(to_float(images))
-        dropped = torch.rand(stage.batch_size, generator=self.run.generator(step, 1))[mine] < stage.label_dropout
-        return codes, self.labels[chosen].masked_fill(dropped, len(self.class_names)).to(device)
+        with run.clock.data():
+            dropped = torch.rand(stage.batch_size, generator=run.generator(step, 1))[mine] < stage.label_dropout
+            labels = run.to_device(self.labels[chosen].masked_fill(dropped, len(self.class_names)))
+            if self.images is None:
+                copy = torch.randint(len(self.codes), (stage.batch_size,), generator=run.generator(step, 0))[mine]
+                return run.to_device(self.codes[copy, chosen]).long(), labels
+            images = run.to_device(self.images.images[chosen])
+            images = to_float(augment(images, self.config.data.augment, run.generator(step, 0), slot, slots))
+        with torch.no_grad():
+            return self.tokenizer.encode(images), labels
 
 
 def next_token_loss(logits: Tensor, codes: Tensor) -> Tensor:
@@ -91,9 +94,9 @@ def evaluate(model: SpectralARTransformer, codes: Tensor, labels: Tensor, device
 
 def summarise(by_position: Tensor, name: str) -> dict[str, float]:
     """The mean and the values at positions 1, 2, 4, ..., N."""
-    n = len(by_position)
+    n, values = len(by_position), by_position.tolist()
     shown = sorted({2**i for i in range(n.bit_length())} | {n})
-    return {name: float(by_position.mean())} | {f"{name}_{k}": float(by_position[k - 1]) for k in shown}
+    return {name: sum(values) / n} | {f"{name}_{k}": values[k - 1] for k in shown}
 
 
 def make_pipeline(
@@ -136,41 +139,40 @@ def train(run: Run, config: Config) -> None:
     forward = torch.compile(model) if stage.compile else model
     parameters = list(transformer.parameters())
     ema = make_ema(parameters, stage.ema_decay)
-    ema.to(device)
     accelerator.register_for_checkpointing(ema)
     run.print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {len(source)} images.")
 
-    done = run.resume()
+    done = run.resume(tokenizer_weights=fingerprint(tokenizer), class_names=source.class_names)
+    ema.to(device)  # a checkpoint is loaded to the CPU
     for step in run.steps(done):
         by_position = torch.zeros(tokenizer.config.num_tokens, device=device)
-        for part, (chosen, slot) in enumerate(run.micro_batches(len(source), step, step_indices)):
-            codes, labels = source.batch(chosen, slot, step)
+        for part, (chosen, slot, slots) in enumerate(run.micro_batches(len(source), step)):
+            codes, labels = source.batch(chosen, slot, slots, step)
             synchronise = part + 1 == stage.grad_accumulation
             with nullcontext() if synchronise else accelerator.no_sync(model):
                 with accelerator.autocast():
-                    loss = next_token_loss(forward(codes[:, :-1], labels), codes)
+                    logits = forward(codes[:, :-1], labels)
+                loss = next_token_loss(logits, codes)
                 accelerator.backward(loss.mean() / stage.grad_accumulation)
             by_position += loss.detach() / stage.grad_accumulation
-        norm = run.optimise(optimizer, list(model.parameters()), step)
+        norm = run.optimise(optimizer, list(model.parameters()), {"loss": by_position}, step)
         ema.step(parameters)
 
         done = step + 1
-        if done % stage.log_every == 0 or done == stage.steps:
-            run.check_finite({"loss": by_position.mean()}, step)
+        if run.due(stage.log_every, done):
+            by_position = run.mean(by_position)
             values = summarise(by_position, "loss/train")
-            run.log(values | {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}, done)
-        show, measure = (done % n == 0 or done == stage.steps for n in (stage.sample_every, stage.eval_every))
-        if show or measure:
-            ema.store(parameters)
-            ema.copy_to(parameters)
-            if measure:
-                heldout = summarise(evaluate(transformer, *source.heldout, device), "loss/heldout")
-                run.log(heldout, done)
-                run.print(f"step {done}: train {by_position.mean():.3f}, held-out {heldout['loss/heldout']:.3f}")
-            if show and run.is_main and not run.dry:
-                pipeline = make_pipeline(tokenizer, transformer, source.class_names)
-                run.log_images("samples", sample_grid(pipeline, stage.seed), done)
-            ema.restore(parameters)
+            run.log_step(values | {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}, done)
+        measure, show = run.due(stage.eval_every, done), run.due(stage.sample_every, done) and run.is_main
+        if measure or show:
+            with run.averaged(ema, parameters):
+                if measure:
+                    heldout = summarise(evaluate(transformer, *source.heldout, device), "loss/heldout")
+                    run.log(heldout, done)
+                    run.print(f"step {done}: train {by_position.mean():.3f}, held-out {heldout['loss/heldout']:.3f}")
+                if show:
+                    pipeline = make_pipeline(tokenizer, transformer, source.class_names)
+                    run.log_images("samples", sample_grid(pipeline, stage.seed), done)
         if done % stage.checkpoint_every == 0:
             run.save(done)
 
@@ -178,13 +180,14 @@ def train(run: Run, config: Config) -> None:
         ema.copy_to(parameters)
         pipeline = make_pipeline(tokenizer.half(), transformer.half(), source.class_names)
         folder = run.args.output / "pipeline"
-        pipeline.save_pretrained(folder)
+        publish(folder, pipeline.save_pretrained)
         run.print(f"Pipeline in {folder}.")
 
 
 def main(argv: list[str] | None = None) -> None:
     args, config = parse_arguments(__doc__.split("\n\n")[0], argv)
-    train(Run("transformer", config, config.train_transformer, args), config)
+    with clear_errors():
+        train(Run("transformer", config, config.train_transformer, args), config)
 
 
 if __name__ == "__main__":
