@@ -64,7 +64,7 @@ def test_config_to_dict_goes_through_json():
         ("train_tokenizer.lrr=1", "did you mean train_tokenizer.lr?"),
         ("transformer.droput=0", "did you mean transformer.dropout?"),
         ("train_tokenizer.warmup=1", "did you mean train_tokenizer.warmup_steps?"),
-        ("tokenizer.lr=1", "did you mean train_tokenizer.lr or train_transformer.lr?"),
+        ("tokenizer.lr=1", "did you mean train_tokenizer.lr or train_classifier.lr?"),
         ("image_size=64", "did you mean data.image_size or tokenizer.image_size?"),
         ("data=64", "is a section: set one of data.source, "),
         ("data.root.path=here", "did you mean data.root?"),
