@@ -288,6 +288,8 @@ class SpectralARPipeline(DiffusionPipeline):
         )  # fmt: skip
         with self.progress_bar(total=total - start) as bar:
             for index in range(start, total):
+                if self._interrupt and index > 0:  # an image takes one token at least
+                    break
                 self._onload(self.transformer)
                 generator.sample(index, self._guidance_scale)  # which a callback may change
                 unchanged = self._call_back(run, index)
@@ -295,8 +297,6 @@ class SpectralARPipeline(DiffusionPipeline):
                     generator.restart()
                 bar.update()
                 yield run.codes[:, : index + 1].clone(), unchanged
-                if self._interrupt:
-                    break
 
     def _call_back(self, run: _Run, index: int) -> int:
         """Calls the callback, if any, after token `index`; how many of the codes are as they were before it."""

@@ -383,6 +383,16 @@ def test_interruption_keeps_what_is_there(pipe, steps):
     assert pipe(1, output_type="latent").codes.shape == (1, N)  # the next call is not interrupted
 
 
+@pytest.mark.parametrize("stop_at", [3, 5])
+def test_interruption_between_frames(pipe, steps, stop_at):
+    """As a Stop button does it, from outside; also before any token is sampled."""
+    seen = []
+    for event in pipe.stream([1, 2], prefix_codes=[[4, 5, 6]]):
+        seen.append(event.index)
+        pipe._interrupt = event.index == stop_at
+    assert seen == list(range(3, stop_at + 1)) and len(steps) == stop_at - 3
+
+
 def test_diffusers_callback_objects(pipe):
     class ZeroAtTheEnd(PipelineCallback):
         tensor_inputs = ["latents"]
