@@ -144,6 +144,22 @@ class CodebookRevival:
         self.idle_steps[dead] = 0
         return dead.numel()
 
+    @torch.no_grad()
+    def fill(self, latents: Tensor, step: int) -> None:
+        """Starts every entry at a latent of this batch, for the first quantized step.
+
+        latents (B, n, d): this process's part. Where there are fewer latents than entries they are used again, a
+        little moved, so that no two entries are equal.
+        """
+        pool = _gather(F.normalize(latents.flatten(0, 1).float(), dim=-1))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        codebook = self.quantizer.codebook
+        order = torch.cat([torch.randperm(len(pool), generator=generator) for _ in range(-(-len(codebook) // len(pool)))])
+        noise = 0.01 * torch.randn(codebook.shape, generator=generator)
+        chosen = pool[order[: len(codebook)].to(pool.device)] + noise.to(pool.device)
+        codebook.data.copy_(F.normalize(chosen, dim=-1))
+        self.idle_steps.zero_()
+
     def state_dict(self) -> dict[str, Tensor]:
         return {"idle_steps": self.idle_steps}
 

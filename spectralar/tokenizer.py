@@ -102,10 +102,11 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
 
     def _init_parameters(self) -> None:
         init_weights(self)
+        # As large as what is added to them. With the usual 0.02 the first attention output drowns them: queries and
+        # mask tokens are then all alike, and telling them apart again took three times as many steps.
         for parameter in (self.patch_position, self.queries, self.token_position, self.mask_tokens):
-            nn.init.normal_(parameter, std=0.02)
-        # Entries are unit vectors of dimension d: this scale gives spectral tokens the size of their positions.
-        nn.init.normal_(self.from_latent.weight, std=0.2)
+            nn.init.normal_(parameter, std=0.5)
+        nn.init.normal_(self.from_latent.weight, std=0.5)  # entries are unit vectors
         nn.init.zeros_(self.seam_conv[-1].weight)
         nn.init.zeros_(self.seam_conv[-1].bias)
 
@@ -184,11 +185,17 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         """A decoder that takes tokens as they arrive, for streaming."""
         return PrefixDecoder(self, batch_size)
 
-    def forward(self, images: Tensor, lengths: Tensor) -> tuple[Tensor, QuantizerOutput, Tensor]:
-        """Training pass: reconstructions (B, S, C, H, H) at lengths (S,) or (B, S), quantizer output, latents."""
+    def forward(
+        self, images: Tensor, lengths: Tensor, quantize: bool = True
+    ) -> tuple[Tensor, QuantizerOutput, Tensor]:
+        """Training pass: reconstructions (B, S, C, H, H) at lengths (S,) or (B, S), quantizer output, latents.
+
+        Without `quantize` the decoder sees the latents as they are, normalised: a plain autoencoder.
+        """
         latents = self.latents(images)
         quantized = self.quantizer(latents)
-        return self.decode_latents(quantized.quantized, lengths), quantized, latents
+        seen = quantized.quantized if quantize else F.normalize(latents.float(), dim=-1)
+        return self.decode_latents(seen, lengths), quantized, latents
 
     def _embed(self, codes: Tensor, position: int = 0) -> Tensor:
         return self._embed_latents(self.quantizer.lookup(codes), position)

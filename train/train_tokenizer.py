@@ -104,6 +104,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     for step in run.steps(done):
         with run.clock.data():
             lengths = sample_lengths(stage.batch_size, stage.prefixes_per_step, num_tokens, run.generator(step, 0))
+        quantize = step >= stage.quantize_from
         sums: dict[str, Tensor] = {}
         parts: list[tuple[Tensor, Tensor]] = []
         for part, (chosen, slot, slots) in enumerate(run.micro_batches(len(data), step)):
@@ -115,11 +116,11 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
             synchronise = part + 1 == stage.grad_accumulation
             with nullcontext() if synchronise else accelerator.no_sync(model):
                 with accelerator.autocast():
-                    frames, quantized, latents = forward(x, mine)
+                    frames, quantized, latents = forward(x, mine, quantize)
                 losses = nested_loss(frames, x, mine, cutoffs)
                 losses |= {"codebook": quantized.codebook_loss, "commitment": quantized.commitment_loss}
                 quantizer = losses["codebook"] + stage.commitment * losses["commitment"]
-                loss = losses["full"] + losses["prefix"] + stage.quantizer_weight * quantizer
+                loss = losses["full"] + losses["prefix"] + stage.quantizer_weight * quantize * quantizer
                 accelerator.backward(loss / stage.grad_accumulation)
             parts.append((quantized.codes, latents.detach()))
             for name, value in losses.items():
@@ -127,7 +128,11 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
         norm = run.optimise(optimizer, list(model.parameters()), sums, step)
         ema.step(averaged)
         revive = step % REVIVAL_EVERY == 0 and step < stage.revive_until * stage.steps
-        revived += revival.update(*(torch.cat(x) for x in zip(*parts, strict=True)), step, revive)
+        codes, latents = (torch.cat(x) for x in zip(*parts, strict=True))
+        if step + 1 == stage.quantize_from:
+            revival.fill(latents, step)
+        elif quantize:
+            revived += revival.update(codes, latents, step, revive)
 
         done = step + 1
         if run.due(stage.log_every, done):
