@@ -154,7 +154,8 @@ class CodebookRevival:
         pool = _gather(F.normalize(latents.flatten(0, 1).float(), dim=-1))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         codebook = self.quantizer.codebook
-        order = torch.cat([torch.randperm(len(pool), generator=generator) for _ in range(-(-len(codebook) // len(pool)))])
+        rounds = -(-len(codebook) // len(pool))
+        order = torch.cat([torch.randperm(len(pool), generator=generator) for _ in range(rounds)])
         noise = 0.01 * torch.randn(codebook.shape, generator=generator)
         chosen = pool[order[: len(codebook)].to(pool.device)] + noise.to(pool.device)
         codebook.data.copy_(F.normalize(chosen, dim=-1))
