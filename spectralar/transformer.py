@@ -85,7 +85,9 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
 
     def _init_parameters(self) -> None:
         init_weights(self)
-        nn.init.normal_(self.position, std=0.02)
+        # As large as what the blocks add: at 0.02 positions drown in it, and the class hardly moves adaLN at first.
+        for parameter in (self.class_embed.weight, self.token_embed.weight, self.position):
+            nn.init.normal_(parameter, std=0.5)
         # adaLN-zero: every block starts as the identity. A zero head: uniform predictions at step 0.
         for parameter in (self.adaln.weight, self.adaln_table, self.final_adaln.weight, self.head.weight):
             nn.init.zeros_(parameter)
