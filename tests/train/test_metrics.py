@@ -1,0 +1,163 @@
+"""Metrics of sets of images against closed forms, slow references and torchmetrics."""
+
+import pytest
+import scipy.linalg
+import torch
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+
+from spectralar.analysis import psnr, ssim
+from train import metrics
+from train.metrics import frechet_distance, inception_score, manifold_metrics
+
+
+def gaussian(n: int, mean: torch.Tensor, cov: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """n points whose sample mean and covariance are exactly these."""
+    x = torch.randn(n, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x = x - x.mean(0)
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(x.T)), x.T, upper=False).T
+    return white @ torch.linalg.cholesky(cov).T + mean
+
+
+def random_covariance(d: int, seed: int) -> torch.Tensor:
+    a = torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return a @ a.T / d + 0.1 * torch.eye(d, dtype=torch.float64)
+
+
+class Identity(torch.nn.Module):
+    """What torchmetrics takes in place of Inception: features come in as they are."""
+
+    num_features = 5
+
+    def forward(self, x):
+        return x
+
+
+# ------------------------------------------------------------------------------------------- Fréchet distance
+
+
+def test_frechet_distance_of_commuting_gaussians_has_a_closed_form():
+    deviations = torch.tensor([[1.0, 2.0, 0.5], [3.0, 0.5, 0.5]], dtype=torch.float64)
+    means = torch.tensor([[0.0, 1.0, -2.0], [0.5, 1.0, 2.0]], dtype=torch.float64)
+    pairs = enumerate(zip(means, deviations, strict=True))
+    real, fake = (gaussian(200, m, torch.diag(s**2), seed) for seed, (m, s) in pairs)
+    expected = (means[0] - means[1]).square().sum() + (deviations[0] - deviations[1]).square().sum()
+    assert frechet_distance(real, fake) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_frechet_distance_of_any_gaussians_is_that_of_the_general_matrix_root():
+    d = 6
+    covs = random_covariance(d, 1), random_covariance(d, 2)
+    means = torch.zeros(d, dtype=torch.float64), torch.linspace(-1, 1, d, dtype=torch.float64)
+    real, fake = (gaussian(100, m, c, seed) for seed, (m, c) in enumerate(zip(means, covs, strict=True)))
+    root = scipy.linalg.sqrtm((covs[0] @ covs[1]).numpy()).real  # not symmetric: the two do not commute
+    expected = means[1].square().sum() + covs[0].trace() + covs[1].trace() - 2 * root.trace()
+    assert frechet_distance(real, fake) == pytest.approx(float(expected), rel=1e-8)
+    assert frechet_distance(fake, real) == pytest.approx(float(expected), rel=1e-8)
+
+
+def test_frechet_distance_equals_that_of_torchmetrics():
+    real, fake = torch.randn(300, 5), torch.randn(200, 5) @ torch.randn(5, 5) + 0.3
+    reference = FrechetInceptionDistance(feature=Identity(), input_img_size=(5,)).set_dtype(torch.float64)
+    reference.update(real.double(), real=True)
+    reference.update(fake.double(), real=False)
+    assert frechet_distance(real, fake) == pytest.approx(float(reference.compute()), rel=1e-3)
+
+
+def test_frechet_distance_with_fewer_points_than_dimensions():
+    x = torch.randn(20, 50, dtype=torch.float64)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(x, x + 2) == pytest.approx(4 * 50, rel=1e-6)  # the covariances cancel, singular or not
+    assert frechet_distance(x, 3 * x - 2 * x.mean(0)) == pytest.approx(4 * float(torch.cov(x.T).trace()), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- manifolds
+
+
+def slow_manifold_metrics(real, fake, k: int, density_k: int) -> dict:
+    """The papers' formulas, point by point."""
+    distance = [[float((a - b).norm()) for b in fake] for a in real]
+
+    def radius(points, i, k):
+        return sorted(float((points[i] - b).norm()) for j, b in enumerate(points) if j != i)[k - 1]
+
+    n, m = len(real), len(fake)
+    reach = [radius(real, i, k) for i in range(n)]
+    density_reach = [radius(real, i, density_k) for i in range(n)]
+    fake_reach = [radius(fake, j, k) for j in range(m)]
+    return {
+        "precision": sum(any(distance[i][j] <= reach[i] for i in range(n)) for j in range(m)) / m,
+        "recall": sum(any(distance[i][j] <= fake_reach[j] for j in range(m)) for i in range(n)) / n,
+        "density": sum(distance[i][j] <= density_reach[i] for i in range(n) for j in range(m)) / (density_k * m),
+        "coverage": sum(any(distance[i][j] <= density_reach[i] for j in range(m)) for i in range(n)) / n,
+    }
+
+
+@pytest.mark.parametrize(("n", "m"), [(40, 40), (60, 30)])
+def test_manifold_metrics_equal_the_slow_reference(n, m, monkeypatch):
+    monkeypatch.setattr(metrics, "ROWS", 7)  # several slices, the last one not full
+    real, fake = torch.randn(n, 3, dtype=torch.float64), 1.5 * torch.randn(m, 3, dtype=torch.float64) + 0.5
+    result = manifold_metrics(real, fake, k=2, density_k=4)
+    assert result == pytest.approx(slow_manifold_metrics(real, fake, 2, 4))
+    assert 0 < result["precision"] < 1 and 0 < result["recall"] < 1 and 0 < result["coverage"] < 1
+
+
+def test_manifold_metrics_tell_dropped_modes_from_bad_samples():
+    mode, other = torch.randn(60, 4), torch.randn(60, 4) + 100
+    real = torch.cat([mode, other])
+    same = manifold_metrics(real, real)
+    assert same["precision"] == same["recall"] == same["coverage"] == 1
+    dropped = manifold_metrics(real, torch.randn(120, 4))  # good samples of one mode only
+    assert dropped["precision"] > 0.6 and dropped["recall"] < 0.51 and dropped["coverage"] < 0.51
+    bad = manifold_metrics(real, torch.randn(120, 4) - 50)
+    assert set(bad.values()) == {0.0}
+
+
+# ------------------------------------------------------------------------------------------- inception score
+
+
+@pytest.mark.filterwarnings("ignore:Metric `InceptionScore`", "ignore:std()")
+def test_inception_score():
+    assert inception_score(torch.eye(7).repeat(3, 1)) == pytest.approx(7)  # certain and even: as many as classes
+    assert inception_score(torch.full((5, 4), 0.25)) == pytest.approx(1)
+    assert inception_score(torch.tensor([[0.9, 0.1]] * 6)) == pytest.approx(1)  # always the same
+    logits = 2 * torch.randn(200, 5)
+    reference = InceptionScore(feature=Identity(), splits=1)
+    reference.update(logits)
+    assert inception_score(logits.softmax(1)) == pytest.approx(float(reference.compute()[0]), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 32, 32), (4, 3, 64, 64)])
+def test_psnr_and_ssim_of_images_equal_those_of_torchmetrics(shape):
+    reference = torch.nn.functional.avg_pool2d(torch.randn(shape), 3, 1, 1).clamp(-1, 1)
+    images = (reference + 0.2 * torch.randn(shape)).clamp(-1, 1)
+    a, b = (images + 1) / 2, (reference + 1) / 2
+    expected = peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    torch.testing.assert_close(psnr(images, reference), expected, rtol=0, atol=1e-3)
+    # torchmetrics averages over reflected borders too; the published measure, and scikit-image, leave them out.
+    _, maps = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none", return_full_image=True)
+    expected = maps[..., 5:-5, 5:-5].mean(dim=(1, 2, 3))
+    torch.testing.assert_close(ssim(images, reference), expected, rtol=0, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: frechet_distance(x[0], x), "real features must have shape"),
+        (lambda x: frechet_distance(x, x[:1]), "fake features must have shape .* at least 2"),
+        (lambda x: frechet_distance(x, x[:, :3]), "of one width, got 4 and 3"),
+        (lambda x: frechet_distance(x, x / 0), "must be finite"),
+        (lambda x: manifold_metrics(x[:5], x), "real features must have shape .* at least 6"),
+        (lambda x: inception_score(x), "rows that add up to 1"),
+    ],
+)
+def test_unfit_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(10, 4))
