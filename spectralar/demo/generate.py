@@ -17,7 +17,7 @@ from .errors import one_sentence, user_error
 from .export import EXPORTS, export_file, png_data_url
 from .links import Link
 from .model import MAX_SEED, Frame, Model
-from .scrubber import Scrubber, StripEncoder, scrubber_value
+from .scrubber import StripEncoder, scrubber, scrubber_value
 
 TITLE = "Generate"
 MAX_IMAGES = 16
@@ -122,7 +122,9 @@ class Run:
         if frame.sampled:
             rate = frame.sampled / max(frame.seconds, 1e-6)
             self.value["status"] = (
-                f"{rate:.3g} tokens/s · {left / rate:.1f} s left" if left else f"{frame.seconds:.1f} s · {rate:.3g} tokens/s"
+                f"{rate:.3g} tokens/s · {left / rate:.1f} s left"
+                if left
+                else f"{frame.seconds:.1f} s · {rate:.3g} tokens/s"
             )
 
     def finish(self, stopped: bool = False) -> None:
@@ -182,19 +184,28 @@ def build(model: Model) -> list[Link]:
     with gr.Row(elem_classes="split"):
         with gr.Column(scale=3, min_width=300, elem_classes="panel"):
             names = model.class_names
-            label = gr.Dropdown(names, value=names[0], label="Class", filterable=True, elem_id="class")
-            with gr.Row(elem_classes="tight"):
+            with gr.Group():
+                label = gr.Dropdown(names, value=names[0], label="Class", filterable=True, elem_id="class")
                 count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images", elem_id="count")
-            with gr.Row(elem_classes="tight seed"):
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", scale=4)
-                dice = gr.Button("Random", size="sm", elem_id="dice", scale=1, min_width=76)
-            guidance = gr.Slider(
-                0, 10, 2.0, step=0.1, label="Guidance", elem_id="guidance", info="Higher: more typical, less varied"
-            )
-            curve = gr.HTML(guidance_plot(model, 2.0, "constant", n), elem_id="guidance-curve", padding=False)
+                with gr.Row(elem_classes="seed"):
+                    seed = gr.Number(
+                        0,
+                        label="Seed",
+                        precision=0,
+                        minimum=0,
+                        maximum=MAX_SEED,
+                        elem_id="seed",
+                        scale=4,
+                        min_width=120,
+                    )
+                    dice = gr.Button("Random", size="sm", elem_id="dice", scale=0, min_width=76)
+                guidance = gr.Slider(
+                    0, 10, 2.0, step=0.1, label="Guidance", elem_id="guidance", info="Higher is more typical"
+                )
+                curve = gr.HTML(guidance_plot(model, 2.0, "constant", n), elem_id="guidance-curve", padding=True)
             with gr.Row(elem_classes="tight"):
-                go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=100)
-                stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=70)
+                go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=100, scale=3)
+                stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=70, scale=1)
             with gr.Accordion("Advanced", open=False):
                 schedule = gr.Dropdown(list(GUIDANCE_SCHEDULES), value="constant", label="Guidance schedule")
                 temperature = gr.Slider(0, 2, 1.0, step=0.01, label="Temperature", info="0 takes the likeliest token")
@@ -203,8 +214,8 @@ def build(model: Model) -> list[Link]:
                 tokens = gr.Slider(1, n, n, step=1, label="Tokens", info="Stop after this many")
                 prefix = gr.Textbox("", label="Fixed first tokens", info="Codes to start from", max_length=8 * n)
         with gr.Column(scale=7, min_width=320):
-            scrubber = Scrubber(
-                empty="Choose a class and generate: the images appear coarse and sharpen token by token.",
+            view = scrubber(
+                hint="Choose a class and generate: the images appear coarse and sharpen token by token.",
                 actions=[
                     {"name": "more", "label": "More like image {image} from token {k}"},
                     {"name": "save", "label": "Save image {image} as shown"},
@@ -222,7 +233,7 @@ def build(model: Model) -> list[Link]:
 
     controls = [label, count, seed, guidance, schedule, temperature, top_k, top_p, tokens, prefix]
     after = [same, fresh, *downloads]
-    outputs = [scrubber, run_state, go, stop, *after]
+    outputs = [view, run_state, go, stop, *after]
 
     def show(run: Run, first: bool) -> list[Any]:
         """Outputs for a moment of a run; buttons change at its beginning and its end only."""
@@ -247,7 +258,13 @@ def build(model: Model) -> list[Link]:
 
     def stopped(run: Run | None) -> list[Any]:
         if run is None:
-            return [gr.skip(), gr.skip(), gr.Button(interactive=True), gr.Button(interactive=False), *[gr.skip()] * len(after)]
+            return [
+                gr.skip(),
+                gr.skip(),
+                gr.Button(interactive=True),
+                gr.Button(interactive=False),
+                *[gr.skip()] * len(after),
+            ]
         run.finish(stopped=True)
         return show(run, True)
 
@@ -282,7 +299,7 @@ def build(model: Model) -> list[Link]:
     for trigger, change, inputs, changed in (
         (same.click, restore, [run_state], controls),
         (fresh.click, new_seed, None, [seed]),
-        (scrubber.action, more, [run_state], controls),
+        (view.action, more, [run_state], controls),
     ):
         runs.append(trigger(change, inputs, changed, **private).success(generate, **options))
     stop.click(stopped, [run_state], outputs, cancels=runs, **private)
@@ -294,9 +311,11 @@ def build(model: Model) -> list[Link]:
     )  # fmt: skip
     label.input(clear_prefix, None, prefix, **private)  # a prefix belongs to a picture, not to a class
     for button, name in zip(downloads, EXPORTS, strict=True):
-        button.click(
-            lambda run, name=name: export_file(run, name, file.GRADIO_CACHE), [run_state], file, api_visibility="private", show_progress_on=button,
-        ).success(None, js="() => document.querySelector('#export-file').click()")  # fmt: skip
+        written = button.click(
+            lambda run, name=name: export_file(run, name, file.GRADIO_CACHE), run_state, file,
+            api_visibility="private", show_progress="hidden",
+        )  # fmt: skip
+        written.success(None, js="() => document.querySelector('#export-file').click()")
 
     _add_endpoint(model)
     names = ("class", "count", "seed", "guidance", "schedule", "temperature", "top_k", "top_p", "tokens", "prefix")
@@ -339,8 +358,8 @@ def _add_endpoint(model: Model) -> None:
                 num_tokens, prefix_codes,
             )  # fmt: skip
             arguments = settings.arguments()
-            for frame in model.frames(model.label(settings.class_label), settings.count, settings.seed, **arguments):
-                pass
+            class_id = model.label(settings.class_label)
+            *_, frame = model.frames(class_id, settings.count, settings.seed, **arguments)
         return {
             "images": [png_data_url(image) for image in frame.images],
             "codes": frame.codes,

@@ -44,9 +44,12 @@ def restore(links: Sequence[Link], query: Mapping[str, str]) -> list[Any]:
 
 
 def write_script(names: Sequence[str]) -> str:
-    """JavaScript that puts the values it is called with into the address, without asking the server."""
+    """JavaScript that puts the values it is called with into the address, without asking the server.
+
+    Not before the page has read its own link: tabs and components report themselves while they are put up.
+    """
     return (
-        "(...values) => { const query = new URLSearchParams(location.search); "
+        "(...values) => { if (!window.spectralarOpened) return; const query = new URLSearchParams(location.search); "
         f"{json.dumps(list(names))}.forEach((name, i) => {{ "
         "const v = values[i]; if (v === null || v === undefined || v === '') query.delete(name); "
         "else query.set(name, v); }); "

@@ -74,6 +74,9 @@ class Model:
         self.cutoffs: tuple[int, ...] = self.pipe.tokenizer.cutoffs
         self.class_names: list[str] = self.pipe.class_names
         self.frames = on_gpu(self._frames)
+        self.encode = on_gpu(self._encode)
+        self.decode = on_gpu(self._decode)
+        self.decode_prefixes = on_gpu(self._decode_prefixes)
 
     @classmethod
     def load(cls, source: str | Path, device: str | None = None) -> Model:
@@ -109,14 +112,29 @@ class Model:
             for k, image in enumerate(pipe.decode(prefix, list(range(1, len(prefix[0]) + 1)))[0][:-1], start=1):
                 yield Frame(k, np.repeat(to_pixels(image[None]), count, axis=0), [prefix[0][:k]] * count, 0, 0)
         generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same everywhere
-        steps = pipe.stream(
-            class_id, num_images_per_prompt=count, generator=generator, output_type="pt", **arguments
-        )
+        steps = pipe.stream(class_id, num_images_per_prompt=count, generator=generator, output_type="pt", **arguments)
         begin = time.perf_counter()
         with closing(steps):  # a visitor who stops or leaves stops the computation with it
             for step in steps:
                 sampled = step.index - (len(prefix[0]) if prefix else 0)
-                yield Frame(step.index, to_pixels(step.images), step.codes.tolist(), sampled, time.perf_counter() - begin)
+                yield Frame(
+                    step.index, to_pixels(step.images), step.codes.tolist(), sampled, time.perf_counter() - begin
+                )
+
+    def _encode(self, images: Tensor) -> list[list[int]]:
+        """Codes of images (B, C, H, H) in [-1, 1]."""
+        with torch.no_grad():
+            return self.pipe.tokenizer.encode(images.to(self.pipe.device)).tolist()
+
+    def _decode(self, codes: list[list[int]], lengths: list[int]) -> np.ndarray:
+        """Pixels (B, S, H, H[, 3]) uint8 of B lists of codes at S prefix lengths."""
+        return to_pixels(self.pipe.decode(codes, lengths))
+
+    def _decode_prefixes(self, codes: list[int]) -> Tensor:
+        """All prefixes of one image's codes: (N, C, H, H), float, on the CPU, not clamped."""
+        with torch.no_grad():
+            rows = torch.tensor([codes], device=self.pipe.device)
+            return self.pipe.tokenizer.decode(rows, list(range(1, len(codes) + 1)))[0].float().cpu()
 
 
 def find_models(folder: Path) -> list[Path]:

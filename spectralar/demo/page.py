@@ -22,9 +22,9 @@ SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica N
 SYSTEM_MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
 HOUR = 3600
 
-# What the visitor's link asked for is run as if it had been clicked.
-RUN_LINK = (
-    "() => { const query = new URLSearchParams(location.search); "
+# The address has been read. What the visitor's link asked for is run as if it had been clicked.
+OPENED = (
+    "() => { window.spectralarOpened = true; const query = new URLSearchParams(location.search); "
     "if (query.has('seed') && (query.get('tab') || 'generate') === 'generate') "
     "document.querySelector('#generate')?.click(); }"
 )
@@ -62,7 +62,7 @@ def build(model: Model) -> gr.Blocks:
         demo.load(
             open_link, None, [tabs, *(link.component for link in links)],
             api_visibility="private", show_progress="hidden", queue=False,
-        ).success(None, js=RUN_LINK)  # fmt: skip
+        ).success(None, js=OPENED)  # fmt: skip
     return demo.queue(max_size=64, api_open=False)
 
 
@@ -73,7 +73,11 @@ def _escaped(text: str) -> str:
 def launch_options() -> dict[str, Any]:
     """Arguments of `Blocks.launch`: the look, and nothing stored, watched or fetched from elsewhere."""
     theme = gr.themes.Default(
-        primary_hue="indigo", neutral_hue="slate", radius_size="md", font=list(SYSTEM_FONTS), font_mono=list(SYSTEM_MONO)
+        primary_hue="indigo",
+        neutral_hue="slate",
+        radius_size="md",
+        font=list(SYSTEM_FONTS),
+        font_mono=list(SYSTEM_MONO),
     ).set(
         block_shadow="none",
         button_primary_shadow="none",

@@ -56,7 +56,7 @@ function receive() {
   find('.status').textContent = next.status;
   if (!next.busy && (fresh || (before && before.busy))) find('[role=status]').textContent = next.status;
   drawChips();
-  drawCharts(fresh);
+  drawCharts();
   refresh();
 }
 
@@ -107,23 +107,29 @@ function fit() {
   if (!tiles.length) return;
   const gap = 8, width = element.clientWidth, scale = window.devicePixelRatio || 1;
   const rows = value.groups.filter((group) => !group.of_token);
-  const maxHeight = Math.max(220, Math.min(520, window.innerHeight * 0.55));
-  const captions = value.selectable ? 0 : 18;
-  let best = 0;
-  const widest = Math.max(...rows.map((group) => group.captions.length));
-  for (let columns = 1; columns <= widest; columns++) {
-    if (rows.length > 1 && columns === 3 && widest === 4) continue; // four belong together: 1, 2 or 4 a line
-    const lines = rows.reduce((n, group) => n + Math.ceil(group.captions.length / columns), 0);
-    const byWidth = (width - gap * (columns - 1)) / columns;
-    const byHeight = (maxHeight - gap * (lines - 1)) / lines - captions;
-    // Rows of comparisons may be scrolled on a narrow screen (the controls stay in view); a sheet should be seen whole.
-    best = Math.max(best, Math.min(byWidth, rows.length > 1 ? Math.max(byHeight, Math.min(150, byWidth)) : byHeight));
+  const maxHeight = Math.max(260, Math.min(520, window.innerHeight * 0.55));
+  const caption = value.selectable ? 0 : 18;
+  const count = Math.max(...rows.map((group) => group.captions.length));
+  let best = 0, columns = 1;
+  for (let n = 1; n <= count; n++) {
+    const full = count % n === 0; // all lines full: preferred
+    if (rows.length > 1 && !full) continue; // rows of comparisons are not torn apart
+    const lines = rows.length * Math.ceil(count / n);
+    const byWidth = (width - gap * (n - 1)) / n;
+    let side = Math.min(byWidth, (maxHeight - gap * (lines - 1)) / lines - caption);
+    // Comparisons may be scrolled on a narrow screen (the controls stay in view); a sheet should be seen whole.
+    if (rows.length > 1) side = Math.max(side, Math.min(140, byWidth));
+    if (side * (full ? 1 : 0.75) > best) { best = side * (full ? 1 : 0.75); columns = n; }
   }
-  const pixels = value.image_size;
-  const whole = Math.floor((best * scale) / pixels) * pixels / scale;
-  const tile = whole > best * 0.6 ? whole : Math.floor(best);
-  stage.style.setProperty('--tile', tile + 'px');
-  tokenStage.style.setProperty('--tile', Math.min(tile, 128, Math.floor((width - 24) / 4)) + 'px');
+  const lines = rows.length * Math.ceil(count / columns);
+  let side = Math.min((width - gap * (columns - 1)) / columns, (maxHeight - gap * (lines - 1)) / lines - caption);
+  if (rows.length > 1) side = Math.max(side, Math.min(140, (width - gap * (columns - 1)) / columns));
+  const whole = (Math.floor((side * scale) / value.image_size) * value.image_size) / scale;
+  side = whole > side * 0.75 ? whole : Math.floor(side);
+  stage.style.setProperty('--tile', side + 'px');
+  stage.style.setProperty('--columns', columns);
+  tokenStage.style.setProperty('--tile', Math.min(side, 128, Math.floor((width - 3 * gap) / 4)) + 'px');
+  tokenStage.style.setProperty('--columns', 4);
 }
 
 function paint() {
@@ -256,11 +262,13 @@ function drawChips() {
 
 // ---------------------------------------------------------------------------------------------- charts
 
-let marks = []; // what moves with k: {line, values: [{node, series}], unit}
+let marks = []; // what moves with k: {line, values: [{node, series}], chart, x}
+let drawn = ''; // the charts that are drawn
 
-function drawCharts(fresh) {
-  const charts = value.charts;
-  if (!fresh && marks.length === charts.length) return;
+function drawCharts() {
+  const charts = value.charts, now = JSON.stringify(charts);
+  if (now === drawn) return;
+  drawn = now;
   marks = [];
   find('.charts').replaceChildren(...charts.map((chart) => {
     const N = value.cutoffs.length, x = (i) => (N > 1 ? i / (N - 1) : 0.5);
@@ -369,7 +377,7 @@ function save() {
   }, 'image/png');
 }
 
-if (props.empty) stage.append(make('p', 'empty', props.empty));
+if (props.hint) stage.append(make('p', 'no-frames', props.hint));
 new ResizeObserver(fit).observe(element);
 watch('value', receive);
 receive();

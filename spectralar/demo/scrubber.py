@@ -118,33 +118,24 @@ def scrubber_value(
     }
 
 
-class Scrubber(gr.HTML):
-    """`gr.HTML` that shows values of `scrubber_value`.
+def scrubber(*, hint: str, elem_id: str, actions: Sequence[dict[str, str]] = ()) -> gr.HTML:
+    """The component, for values of `scrubber_value`. (A function: Gradio writes a stub file for every subclass.)
 
     The custom event `action` fires when one of `actions` is clicked; its `gr.EventData` has `name`, `image` (index of
     the chosen picture) and `k` (prefix length shown). The event `token` fires on a click on a token chip, with `k`.
 
     Args:
+        hint: the sentence shown before there is anything to see.
+        elem_id: id in the page.
         actions: {"name": ..., "label": ...} buttons; "{image}" and "{k}" in a label stand for the current numbers.
-        empty: the sentence shown before there is anything to see.
+            The name "save" saves the chosen picture as it is shown, without asking the server.
     """
-
-    def __init__(
-        self,
-        value: dict[str, Any] | None = None,
-        *,
-        actions: Sequence[dict[str, str]] = (),
-        empty: str = "",
-        elem_id: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            value=value,
-            html_template=TEMPLATE,
-            js_on_load=SCRIPT,
-            apply_default_css=False,
-            elem_id=elem_id,
-            actions=list(actions),
-            empty=empty,
-            **kwargs,
-        )
+    # A prop must not be named as a string in the script: Gradio would take it for a custom event.
+    return gr.HTML(
+        html_template=TEMPLATE,
+        js_on_load=SCRIPT,
+        apply_default_css=False,
+        elem_id=elem_id,
+        hint=hint,
+        actions=list(actions),
+    )

@@ -59,10 +59,8 @@ def _too_large(what: str) -> gr.Error:
 class PhotoInput(gr.Image):
     """`gr.Image` for any photo; handlers get the PIL image of `open_photo`, as it is in the file, or None."""
 
-    is_template = True  # drawn by gr.Image's front end
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(type="pil", image_mode=None, **kwargs)
+    # Drawn by gr.Image's front end. No __init__ here: Gradio sends the browser what stands in its signature.
+    is_template = True
 
     def preprocess(self, payload: Any) -> Image.Image | None:
         if payload is None:
