@@ -1,0 +1,155 @@
+"""Attention and blocks against torch's own; the cache against running the whole sequence again."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spectralar.layers import MLP, AdaLNBlock, Attention, Block, KVCache, init_weights
+from tests.helpers import add_noise
+
+D, HEADS, T = 24, 3, 7
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, T, D, dtype=torch.float64)
+
+
+@pytest.fixture
+def mask():
+    """(T, T), True where to attend: anything, with at least the token itself."""
+    return (torch.rand(T, T) < 0.4) | torch.eye(T, dtype=torch.bool)
+
+
+def as_torchs(attention: Attention) -> nn.MultiheadAttention:
+    theirs = nn.MultiheadAttention(D, HEADS, batch_first=True).double()
+    theirs.in_proj_weight, theirs.in_proj_bias = attention.to_qkv.weight, attention.to_qkv.bias
+    theirs.out_proj.weight, theirs.out_proj.bias = attention.to_out.weight, attention.to_out.bias
+    return theirs
+
+
+# Attention ------------------------------------------------------------------------------------------------
+
+
+def test_attention_is_torchs(x, mask):
+    ours = add_noise(Attention(D, HEADS).double())
+    theirs = as_torchs(ours)
+    torch.testing.assert_close(ours(x), theirs(x, x, x)[0])
+    torch.testing.assert_close(ours(x, mask), theirs(x, x, x, attn_mask=~mask)[0])
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    torch.testing.assert_close(ours(x, is_causal=True), theirs(x, x, x, attn_mask=~causal)[0])
+
+
+def test_a_mask_for_each_image(x):
+    attention = Attention(D, HEADS).double()
+    masks = torch.rand(2, 1, 1, T) < 0.5
+    masks[..., 0] = True
+    for image in range(2):
+        torch.testing.assert_close(attention(x, masks)[image], attention(x[image : image + 1], masks[image])[0])
+
+
+def test_qk_norm_bounds_the_logits(x):
+    attention = add_noise(Attention(D, HEADS, qk_norm=True).double())
+    nn.init.zeros_(attention.to_qkv.bias)
+    before = attention(x)
+    q, k, _ = attention.qkv(x)
+    assert q.shape == (2, HEADS, T, D // HEADS)
+    gain = attention.norm_q.weight.abs().max() * attention.norm_k.weight.abs().max()
+    assert (q @ k.mT).abs().max() <= gain * attention.head_dim
+    with torch.no_grad():  # the length of queries and keys does not count
+        attention.to_qkv.weight[:D] *= 7
+        attention.to_qkv.weight[D : 2 * D] *= 1e3
+    torch.testing.assert_close(attention(x), before, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():  # that of values does
+        attention.to_qkv.weight[2 * D :] *= 2
+    torch.testing.assert_close(
+        attention(x) - attention.to_out.bias, 2 * (before - attention.to_out.bias), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="hidden_size 24 must be a multiple of num_heads 5"):
+        Attention(24, 5)
+
+
+# MLP and blocks -------------------------------------------------------------------------------------------
+
+
+def test_mlp(x):
+    mlp = add_noise(MLP(D, 2.5).double())
+    assert mlp.up.out_features == 60
+    hidden = x @ mlp.up.weight.T + mlp.up.bias
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+    torch.testing.assert_close(mlp(x), hidden @ mlp.down.weight.T + mlp.down.bias)
+
+
+def test_block_is_torchs_pre_norm_layer(x, mask):
+    ours = add_noise(Block(D, HEADS, 2.0).double())
+    theirs = nn.TransformerEncoderLayer(
+        D, HEADS, 2 * D, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True
+    ).double()
+    theirs.self_attn = as_torchs(ours.attn)
+    theirs.norm1, theirs.norm2 = ours.norm1, ours.norm2
+    theirs.linear1, theirs.linear2 = ours.mlp.up, ours.mlp.down
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours(x, mask), theirs(x, src_mask=~mask))
+
+
+def test_adaln_block_is_modulated(x):
+    block = add_noise(AdaLNBlock(D, HEADS, 2.0).double())
+    modulation = torch.randn(2, 6, D, dtype=torch.float64)
+    shift1, scale1, gate1, shift2, scale2, gate2 = (m[:, None] for m in modulation.unbind(1))
+    hidden = x + gate1 * block.attn(scale1 * F.layer_norm(x, (D,), eps=1e-6) + shift1, is_causal=True)
+    expected = hidden + gate2 * block.mlp(scale2 * F.layer_norm(hidden, (D,), eps=1e-6) + shift2)
+    torch.testing.assert_close(block(x, modulation), expected)
+    closed = modulation.clone()
+    closed[:, [2, 5]] = 0  # closed gates: the identity
+    assert torch.equal(block(x, closed), x)
+
+
+# Cache ----------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_returns_what_was_written():
+    like = torch.zeros((), dtype=torch.float64)
+    cache = KVCache(2, 3, HEADS, 5, 4, like)
+    keys, values = torch.randn(2, 3, HEADS, 5, 4, dtype=torch.float64)
+    addresses = set()
+    for start, end in ((0, 2), (2, 3), (3, 5)):
+        for layer, sign in enumerate((1, -1)):
+            k, v = cache.write(layer, start, sign * keys[:, :, start:end], sign * values[:, :, start:end])
+            assert torch.equal(k, sign * keys[:, :, :end])
+            assert torch.equal(v, sign * values[:, :, :end])
+            addresses.add((layer, k.data_ptr(), v.data_ptr()))
+    assert len(addresses) == 2  # written in place
+
+
+@torch.no_grad()  # a cache is for sampling: it is written in place
+def test_token_by_token_is_the_whole_sequence(x):
+    block = add_noise(AdaLNBlock(D, HEADS).double())
+    modulation = torch.randn(2, 6, D, dtype=torch.float64)
+    whole = block(x, modulation)
+    cache = KVCache(1, 2, HEADS, T, D // HEADS, x)
+    parts = [block(x[:, :3], modulation, cache)]  # a prefix at once, then one at a time
+    parts += [block(x[:, t : t + 1], modulation, cache, position=t) for t in range(3, T)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+
+
+# Initialisation -------------------------------------------------------------------------------------------
+
+
+def test_init_weights():
+    model = nn.Sequential(
+        nn.Embedding(200, 100), nn.Linear(100, 300), nn.Linear(300, 100, bias=False), nn.LayerNorm(9)
+    )
+    init_weights(model)
+    assert model[0].weight.std().item() == pytest.approx(0.02, rel=0.03)
+    bound = math.sqrt(6 / 400)  # Glorot and Bengio 2010, equation 16
+    for weight in (model[1].weight, model[2].weight):
+        assert 0.99 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+    assert not model[1].bias.any()
+    assert (model[3].weight == 1).all()

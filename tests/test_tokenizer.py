@@ -1,0 +1,371 @@
+"""Prefix causality, band limits and the equality of all ways to decode, on tiny random tokenizers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spectralar import SpectralTokenizer
+from spectralar.quantizer import CodebookRevival
+from spectralar.spectral import dct2, low_pass, square_mask
+from spectralar.tokenizer import encoder_mask
+from tests.helpers import tiny_tokenizer
+
+N, K = 12, 32  # of `tiny_tokenizer`
+EXACT = {"rtol": 0, "atol": 1e-11}  # float64: only the order of sums may differ
+
+
+@pytest.fixture(params=[1, 3], ids=["grey", "colour"])
+def tokenizer(request) -> SpectralTokenizer:
+    return tiny_tokenizer(request.param).double()
+
+
+def images_for(tokenizer: SpectralTokenizer, batch: int = 3) -> torch.Tensor:
+    """Random images in [-1, 1], of the model's own type."""
+    side = tokenizer.config.image_size
+    return (2 * torch.rand(batch, tokenizer.config.in_channels, side, side) - 1).to(tokenizer.dtype)
+
+
+def random_codes(batch: int = 3, length: int = N) -> torch.Tensor:
+    return torch.randint(K, (batch, length))
+
+
+# Encoding -------------------------------------------------------------------------------------------------
+
+
+def test_the_encoder_mask_is_the_table():
+    mask = encoder_mask(4, 3, torch.device("cpu"))
+    for row in range(7):
+        for column in range(7):
+            patch = column < 4
+            assert mask[row, column] == (patch if row < 4 else patch or column <= row)
+
+
+def test_codes(tokenizer):
+    codes = tokenizer.encode(images_for(tokenizer, 32))
+    assert codes.shape == (32, N)
+    assert codes.dtype == torch.int64
+    assert 0 <= codes.min() <= codes.max() < K
+    assert codes.unique().numel() > K / 4  # the tests below would see nothing if all codes were alike
+
+
+@pytest.mark.parametrize("k", [1, 5, N - 1])
+def test_codes_do_not_depend_on_later_queries(tokenizer, k):
+    images = images_for(tokenizer, 8)
+    latents, codes = tokenizer.latents(images), tokenizer.encode(images)
+    torch.testing.assert_close(tokenizer.latents(images, k), latents[:, :k], **EXACT)  # dropped
+    assert torch.equal(tokenizer.encode(images, num_tokens=k), codes[:, :k])
+    with torch.no_grad():
+        tokenizer.queries[k:] += torch.randn_like(tokenizer.queries[k:])  # others
+    changed = tokenizer.latents(images)
+    torch.testing.assert_close(changed[:, :k], latents[:, :k], **EXACT)
+    assert torch.equal(tokenizer.encode(images)[:, :k], codes[:, :k])
+    assert ((changed[:, k:] - latents[:, k:]).abs().amax(dim=(0, 2)) > 1e-3).all()
+
+
+def test_a_code_does_depend_on_earlier_queries(tokenizer):
+    images = images_for(tokenizer)
+    latents = tokenizer.latents(images)
+    with torch.no_grad():
+        tokenizer.queries[0] += torch.randn_like(tokenizer.queries[0])
+    assert ((tokenizer.latents(images) - latents).abs().amax(dim=(0, 2)) > 1e-6).all()
+
+
+def test_patches_never_see_queries(tokenizer):
+    images, seen = images_for(tokenizer), []
+    patches = tokenizer.num_patches
+    for block in tokenizer.encoder:
+        block.register_forward_hook(lambda _, inputs, output: seen.append(output[:, :patches]))
+    tokenizer.latents(images)
+    with torch.no_grad():
+        tokenizer.queries.normal_()
+    tokenizer.latents(images)
+    tokenizer.latents(images, 1)
+    first, other, few = (torch.stack(seen[i : i + 2]) for i in (0, 2, 4))
+    torch.testing.assert_close(first, other, **EXACT)
+    torch.testing.assert_close(first, few, **EXACT)
+
+
+def test_encoding_does_not_depend_on_batch_mates(tokenizer):
+    images = images_for(tokenizer, 5)
+    latents = tokenizer.latents(images)
+    for i in range(5):
+        torch.testing.assert_close(tokenizer.latents(images[i : i + 1])[0], latents[i], **EXACT)
+
+
+def test_patches_keep_their_pixels_and_places():
+    tokenizer = tiny_tokenizer(3).double()
+    images = torch.arange(2 * 3 * 16 * 16, dtype=torch.float64).view(2, 3, 16, 16)
+    seen = []
+    tokenizer.patch_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    tokenizer.latents(images)
+    for number in range(16):
+        row, column = 4 * (number // 4), 4 * (number % 4)
+        expected = images[:, :, row : row + 4, column : column + 4].flatten(1)
+        assert torch.equal(seen[0][:, number], expected)
+
+
+def test_nested_codebooks_are_kept_by_the_tokenizer():
+    sizes = [1, 2, 4, 8] + [K] * (N - 4)
+    tokenizer = tiny_tokenizer(codebook_sizes=sizes)
+    codes = tokenizer.encode(images_for(tokenizer, 64))
+    assert (codes.max(dim=0).values < torch.tensor(sizes)).all()
+
+
+# Decoding -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.5])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_prefix_holds_no_frequency_above_its_cutoff(channels, alpha):
+    tokenizer = tiny_tokenizer(channels, alpha=alpha)
+    frames = tokenizer.decode(random_codes(4), list(range(1, N + 1)))  # (B, N, C, H, H) float32
+    energy = dct2(frames.double()).square().sum(dim=2)  # (B, N, H, H)
+    outside = ~square_mask(16, torch.tensor(tokenizer.cutoffs))
+    assert ((energy * outside).sum((2, 3)) < 1e-6 * energy.sum((2, 3))).all()
+    # It is the cutoff that limits them: the band below it is not empty.
+    for k, r in enumerate(tokenizer.cutoffs):
+        edge = square_mask(16, r) & ~square_mask(16, r - 1)
+        assert ((energy[:, k] * edge).sum((1, 2)) > 1e-6 * energy[:, k].sum((1, 2))).all()
+
+
+def test_all_ways_to_decode_agree(tokenizer):
+    codes = random_codes()
+    separate = [tokenizer.decode(codes[:, :k]) for k in range(1, N + 1)]  # later codes are not even there
+    assert separate[0].shape == images_for(tokenizer).shape
+    together = tokenizer.decode(codes, list(range(1, N + 1)))
+    assert together.shape == (3, N, *separate[0].shape[1:])
+    incremental, chunked = tokenizer.prefix_decoder(3), tokenizer.prefix_decoder(3)
+    for k in range(1, N + 1):
+        torch.testing.assert_close(together[:, k - 1], separate[k - 1], **EXACT)
+        torch.testing.assert_close(tokenizer.decode(codes, k), separate[k - 1], **EXACT)
+        incremental.append(codes[:, k - 1 : k])
+        torch.testing.assert_close(incremental.frame(), separate[k - 1], **EXACT)
+    for start, end in ((0, 3), (3, 4), (4, 9), (9, N)):
+        chunked.append(codes[:, start:end])
+        assert chunked.length == end
+        torch.testing.assert_close(chunked.frame(), separate[end - 1], **EXACT)
+    # None of this says anything unless every token changes the image.
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(separate, separate[1:], strict=False))
+
+
+def test_one_prefix_length_an_image(tokenizer):
+    codes, lengths = random_codes(4), [5, 1, N, 5]
+    images = tokenizer.decode(codes, torch.tensor(lengths))
+    assert images.shape == images_for(tokenizer, 4).shape
+    for i, k in enumerate(lengths):
+        torch.testing.assert_close(images[i], tokenizer.decode(codes[i : i + 1], k)[0], **EXACT)
+
+
+def test_lengths_in_any_order_and_more_than_once(tokenizer):
+    codes = random_codes()
+    frames = tokenizer.decode(codes, [7, 2, 2])
+    for i, k in enumerate((7, 2, 2)):
+        torch.testing.assert_close(frames[:, i], tokenizer.decode(codes, k), **EXACT)
+
+
+def test_decoding_does_not_depend_on_later_codes(tokenizer):
+    codes, others = random_codes(), random_codes()
+    others[:, :5] = codes[:, :5]
+    frames, changed = tokenizer.decode(codes, [5, N]), tokenizer.decode(others, [5, N])
+    torch.testing.assert_close(frames[:, 0], changed[:, 0], **EXACT)
+    assert (frames[:, 1] - changed[:, 1]).abs().max() > 1e-3
+
+
+def test_every_code_changes_the_full_image(tokenizer):
+    codes = random_codes(1)
+    full = tokenizer.decode(codes)
+    for k in range(N):
+        changed = codes.clone()
+        changed[0, k] = (changed[0, k] + 1) % K
+        assert (tokenizer.decode(changed) - full).abs().max() > 1e-4
+
+
+def test_the_training_pass_is_encode_then_decode(tokenizer):
+    images, lengths = images_for(tokenizer), torch.tensor([[N, 3], [N, 7], [N, 1]])
+    frames, quantized, latents = tokenizer(images, lengths)
+    assert torch.equal(quantized.codes, tokenizer.encode(images))
+    torch.testing.assert_close(latents, tokenizer.latents(images))
+    for s in range(2):
+        torch.testing.assert_close(frames[:, s], tokenizer.decode(quantized.codes, lengths[:, s]), **EXACT)
+
+
+def test_autocast_trains():
+    tokenizer = tiny_tokenizer()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        frames, quantized, _ = tokenizer(images_for(tokenizer), torch.tensor([N, 3]))
+    (frames.float().square().mean() + quantized.codebook_loss).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in tokenizer.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_codes_of_any_integer_type(dtype):
+    tokenizer, codes = tiny_tokenizer(), random_codes()
+    assert torch.equal(tokenizer.decode(codes.to(dtype), 4), tokenizer.decode(codes, 4))
+
+
+def test_an_empty_batch(tokenizer):
+    codes = tokenizer.encode(images_for(tokenizer, 0))
+    assert codes.shape == (0, N)
+    assert tokenizer.decode(codes).shape == images_for(tokenizer, 0).shape
+
+
+# Training -------------------------------------------------------------------------------------------------
+
+
+def smooth_images(channels: int) -> torch.Tensor:
+    """(8, C, 16, 16) random images below frequency 4."""
+    images = low_pass(torch.randn(8, channels, 16, 16), 4)
+    return images / images.abs().amax(dim=(1, 2, 3), keepdim=True)
+
+
+def train(tokenizer: SpectralTokenizer, images: torch.Tensor, steps: int) -> tuple[set[str], set[int]]:
+    """Learns the images at full prefix; the parameters that had a gradient at some step, and the codes used."""
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    revival = CodebookRevival(tokenizer.quantizer, patience=5)
+    reached, used = set(), set()
+    for step in range(steps):
+        frames, quantized, latents = tokenizer(images, torch.tensor([tokenizer.config.num_tokens]))
+        loss = F.mse_loss(frames[:, 0], images)
+        loss = loss + 0.1 * (quantized.codebook_loss + 0.25 * quantized.commitment_loss)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
+        optimizer.step()
+        revival.update(quantized.codes, latents.detach(), step, step < 0.8 * steps)
+        reached |= {name for name, p in tokenizer.named_parameters() if p.grad is not None and p.grad.any()}
+        used |= set(quantized.codes.flatten().tolist())
+    return reached, used
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_eight_images_can_be_learned(channels):
+    tokenizer = SpectralTokenizer(
+        image_size=16, in_channels=channels, num_tokens=8, alpha=0.5, codebook_size=32, codebook_dim=8,
+        hidden_size=32, num_heads=2, encoder_layers=1, decoder_layers=1, mlp_ratio=2.0,
+    )  # fmt: skip
+    images = smooth_images(channels)
+    train(tokenizer, images, 130)
+    error = F.mse_loss(tokenizer.decode(tokenizer.encode(images)), images)
+    # One picture for all of them, the best that codes which say nothing allow, leaves the variance.
+    assert error < 0.4 * (images - images.mean(dim=0)).square().mean()
+
+
+def test_gradients_reach_every_parameter(tokenizer):
+    tokenizer = SpectralTokenizer.from_config(tokenizer.config)  # as training starts: the seam filter ends in zeros
+    queries, codebook = tokenizer.queries.detach().clone(), tokenizer.quantizer.codebook.detach().clone()
+    reached, used = train(tokenizer, smooth_images(tokenizer.config.in_channels), 3)
+    assert reached == {name for name, _ in tokenizer.named_parameters()}
+    assert ((tokenizer.queries - queries).abs().amax(dim=1) > 0).all()
+    moved = (tokenizer.quantizer.codebook - codebook).abs().amax(dim=1) > 0
+    assert set(moved.nonzero().flatten().tolist()) == used
+
+
+# Saving ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_saving_and_loading_is_exact(tmp_path, dtype):
+    sizes = [K // 2] * N
+    tokenizer = tiny_tokenizer(3, codebook_sizes=sizes, alpha=2.0).to(dtype)
+    tokenizer.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    loaded = SpectralTokenizer.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.dtype == dtype
+    assert loaded.cutoffs == tokenizer.cutoffs
+    assert list(loaded.config.codebook_sizes) == sizes
+    for (name, ours), (other, theirs) in zip(tokenizer.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert name == other
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+    images = images_for(tokenizer)
+    assert torch.equal(loaded.encode(images), tokenizer.encode(images))
+    codes = random_codes()
+    assert torch.equal(loaded.decode(codes, [3, N]), tokenizer.decode(codes, [3, N]))
+    as_float32 = SpectralTokenizer.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b.float()) for a, b in zip(as_float32.parameters(), tokenizer.parameters(), strict=True))
+
+
+# Bad input ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16, 12), (1, 3, 16, 16), (1, 1, 32, 32), (1, 16, 16), (16, 16)])
+def test_images_of_another_size(shape):
+    with pytest.raises(ValueError, match=r"images must have shape \(B, 1, 16, 16\), got \("):
+        tiny_tokenizer().encode(torch.zeros(shape))
+
+
+def test_images_that_are_not_floats():
+    with pytest.raises(ValueError, match=r"images must be floating-point, in \[-1, 1\], got torch.uint8"):
+        tiny_tokenizer().encode(torch.zeros(1, 1, 16, 16, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("k", [0, -1, N + 1, 2.5])
+def test_prefix_lengths_out_of_range(k):
+    tokenizer, message = tiny_tokenizer(), f"the prefix length must be an integer between 1 and {N}, got {k}"
+    with pytest.raises(ValueError, match=message):
+        tokenizer.encode(torch.zeros(1, 1, 16, 16), num_tokens=k)
+    for lengths in ([k], [1, k], torch.tensor([k, 1])):
+        with pytest.raises(ValueError, match=message):
+            tokenizer.decode(random_codes(2), lengths)
+    if isinstance(k, int):
+        with pytest.raises(ValueError, match=message):
+            tokenizer.decode(random_codes(2), k)
+
+
+def test_a_prefix_longer_than_the_codes():
+    with pytest.raises(ValueError, match="between 1 and 4, got 5"):
+        tiny_tokenizer().decode(random_codes(length=4), 5)
+
+
+@pytest.mark.parametrize("lengths", [[], 2.0, (k for k in (1, 2))])
+def test_prefix_lengths_of_an_unfit_type(lengths):
+    with pytest.raises(ValueError, match="num_tokens must be an integer, a tensor of one length an image, or a list"):
+        tiny_tokenizer().decode(random_codes(), lengths)
+
+
+def test_a_tensor_of_lengths_needs_one_an_image():
+    with pytest.raises(ValueError, match=r"must have shape \(3,\), one an image"):
+        tiny_tokenizer().decode(random_codes(3), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("codes", [torch.tensor([[0, K]]), torch.tensor([[-1, 0]])])
+def test_codes_out_of_range(codes):
+    with pytest.raises(ValueError, match=f"codes must be integers between 0 and {K - 1}, got {int(codes.min())} to"):
+        tiny_tokenizer().decode(codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bool])
+def test_codes_that_are_not_integers(dtype):
+    with pytest.raises(ValueError, match=f"codes must be integers between 0 and {K - 1}, got a tensor of {dtype}"):
+        tiny_tokenizer().decode(torch.zeros(1, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 0), (1, N + 1), (1, 1, 3)])
+def test_codes_of_another_shape(shape):
+    with pytest.raises(ValueError, match=rf"codes must have shape \(B, n\) with n in 1..{N}, got \("):
+        tiny_tokenizer().decode(torch.zeros(shape, dtype=torch.long))
+
+
+def test_unfit_use_of_the_prefix_decoder():
+    decoder = tiny_tokenizer().prefix_decoder(2)
+    with pytest.raises(ValueError, match="append at least one code"):
+        decoder.frame()
+    decoder.append(random_codes(2, N - 1))
+    for codes in (random_codes(2, 2), random_codes(3, 1), random_codes(2, 0), torch.zeros(2, dtype=torch.long)):
+        with pytest.raises(ValueError, match=rf"codes must have shape \(2, T\), .* no more than {N} with the {N - 1}"):
+            decoder.append(codes)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"image_size": 18}, "image_size 18 must be a multiple of patch_size 4"),
+        ({"codebook_sizes": [4, 8]}, f"codebook_sizes needs one size for each of the {N} tokens"),
+        ({"codebook_sizes": [K + 1] * N}, "codebook_sizes must lie between 1 and codebook_size"),
+        ({"num_heads": 5}, "hidden_size 32 must be a multiple of num_heads 5"),
+        ({"alpha": 0.0}, "alpha must be a positive number"),
+    ],
+)
+def test_impossible_configurations(config, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_tokenizer(**config)
