@@ -102,6 +102,25 @@ def test_rounding_never_picks_a_token_that_is_out(dtype):
             assert possible.gather(1, tokens[:, None]).all()
 
 
+def test_parallel_cumsum_never_picks_a_token_that_is_out(monkeypatch):
+    """On GPUs cumsum is a parallel scan: partial sums can rise by a rounding error at a token of probability 0."""
+
+    def parallel_scan(x, dim):
+        shift = 1
+        while shift < x.shape[-1]:
+            x = x + torch.nn.functional.pad(x[..., :-shift], (shift, 0))
+            shift *= 2
+        return x
+
+    out = torch.rand(200, 128) < 0.5
+    logits = torch.randn(200, 128).masked_fill(out, -torch.inf)
+    cdf = parallel_scan(logits.softmax(-1), dim=-1)
+    assert (out[:, 1:] & (cdf[:, 1:] > cdf[:, :-1])).any()  # else this would test nothing
+    monkeypatch.setattr(torch.Tensor, "cumsum", parallel_scan)
+    for uniforms in cdf.T:  # just where such a rise would be picked
+        assert not out.gather(1, sample_tokens(logits, uniforms)[:, None]).any()
+
+
 def test_one_possible_token_is_always_picked():
     logits = torch.full((3, 6), -torch.inf)
     logits[:, 4] = 0
