@@ -33,7 +33,7 @@ class Attention(nn.Module):
 
     `qkv` projects, `attend` mixes, `out` projects back. With `qk_norm`, queries and keys are normalised per head
     (layer norm with a learned gain), which keeps the logits bounded in low precision (Dehghani et al., 2023). Not the
-    RMS norm: torch has no fused one on CPUs, where it takes twice as long, forward and backward.
+    RMS norm: torch has no fused one on CPUs, where it takes longer.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
