@@ -98,6 +98,11 @@ def test_floats_of_the_right_size_stay_as_they_are():
     assert to_model_input(x.bfloat16(), 8, 1).dtype == torch.float32
 
 
+def test_rounding_beyond_the_range_is_clamped():
+    x = torch.tensor([-5e-4, 0.5, 1 + 5e-4, 1.0]).expand(1, 4, 4)
+    assert to_model_input(x, 4, 1)[0, 0, 0].tolist() == [-1, 0, 1, 1]
+
+
 def test_luma_and_range():
     red = torch.tensor([1.0, 0, 0]).view(3, 1, 1).expand(3, 8, 8)
     assert torch.allclose(to_model_input(red, 8, 1), torch.tensor(2 * 0.299 - 1))

@@ -393,6 +393,17 @@ def test_interruption_between_frames(pipe, steps, stop_at):
     assert seen == list(range(3, stop_at + 1)) and len(steps) == stop_at - 3
 
 
+def test_an_image_takes_one_token_at_least(pipe, monkeypatch):
+    real = pipe.progress_bar
+
+    def progress_bar(total):
+        pipe._interrupt = True  # from another thread, before the first token
+        return real(total=total)
+
+    monkeypatch.setattr(pipe, "progress_bar", progress_bar)
+    assert pipe([1, 2], output_type="pt").codes.shape == (2, 1)
+
+
 def test_diffusers_callback_objects(pipe):
     class ZeroAtTheEnd(PipelineCallback):
         tensor_inputs = ["latents"]
@@ -623,6 +634,7 @@ def test_model_cpu_offload(onloaded):
     out = pipe([1, 2], generator=seed(), output_type="pt")
     assert torch.equal(out.images, expected.images)
     assert onloaded == ["ar"] * N + ["tok"]  # each is there before it is used
+    assert pipe.tokenizer._hf_hook.prev_module_hook.model is pipe.transformer  # which leaves when the other comes
     # Freed, and put in place again for the next call.
     assert len(pipe._all_hooks) == 2 and all(hasattr(model, "_hf_hook") for model in pipe.components.values())
     onloaded.clear()
