@@ -1,0 +1,111 @@
+"""Figures of training: step time of both stages, and the share of the machine's matrix rate that it uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from spectralar import SpectralARTransformer, SpectralTokenizer
+
+from ..config import StageConfig, TokenizerStage, TransformerStage, load_config
+from ..engine import make_ema, make_optimizer
+from ..train_tokenizer import nested_loss, sample_lengths
+from ..train_transformer import next_token_loss
+from .measure import Result, count_flops, interleave, medians, rate
+from .models import Shape, sizes
+from .suite import Figure, Suite
+
+TARGETS = {"tokenizer": 0.3, "transformer": 0.4}  # of the bf16 matrix rate, on CUDA
+
+# One training step, and the part of it whose operations are counted.
+Step = tuple[Callable[[], object], Callable[[], object]]
+
+
+def figures(suite: Suite) -> list[Figure]:
+    on_cpu = suite.device.type == "cpu"
+    preset = load_config("fashion-mnist-32")
+    found = []
+    for shape, tokenizer_stage, transformer_stage in (
+        (suite.small, preset.train_tokenizer, preset.train_transformer),
+        (suite.large, TokenizerStage(batch_size=128), TransformerStage(batch_size=512)),
+    ):
+        skip = "minutes a step on a CPU" if on_cpu and shape is suite.large else ""
+        for name, stage in (("tokenizer", tokenizer_stage), ("transformer", transformer_stage)):
+            stage = replace(stage, mixed_precision="no" if on_cpu else "bf16", compile=not on_cpu)
+            setting = f"{shape.name}, {name}, batch {stage.batch_size}"
+            run = lambda shape=shape, name=name, stage=stage: training(suite, shape, name, stage)  # noqa: E731
+            found.append(Figure("training step", setting, run, skip))
+    return found
+
+
+def training(suite: Suite, shape: Shape, name: str, stage: StageConfig) -> Result:
+    """Forward, backward, clipping, AdamW and EMA; data are ready on the device."""
+    torch.manual_seed(0)
+    tokenizer_sizes, transformer_sizes = sizes(shape)
+    if name == "tokenizer":
+        step, counted = tokenizer_step(SpectralTokenizer(**tokenizer_sizes), stage, suite.device)
+    else:
+        step, counted = transformer_step(SpectralARTransformer(**transformer_sizes), stage, suite.device)
+    flops = count_flops(counted)
+    samples = interleave({"step": step}, suite.budget_s / 2, suite.device)
+    seconds = medians(samples)["step"]
+    target = TARGETS[name] if suite.device.type == "cuda" and shape is suite.large else None
+    peak = suite.machine.matmul_rate() / 1e9
+    return Result(
+        seconds * 1e3,
+        "ms a step",
+        [rate(flops / seconds / 1e9, "the matrix rate, GFLOP/s", peak, target)],
+        floor=flops / peak / 1e6,
+        note=f"{stage.batch_size / seconds:.0f} images/s, {flops / 1e9:.1f} GFLOP a step",
+        samples=samples,
+    )
+
+
+def tokenizer_step(model: SpectralTokenizer, stage: TokenizerStage, device: torch.device) -> Step:
+    config = model.to(device).train().config
+    batch = stage.batch_size
+    images = torch.rand(batch, config.in_channels, config.image_size, config.image_size).to(device) * 2 - 1
+    lengths = sample_lengths(batch, stage.prefixes_per_step, config.num_tokens, torch.Generator().manual_seed(0))
+    lengths, cutoffs = lengths.to(device), torch.tensor((1, *model.cutoffs), device=device)
+
+    def loss(forward: Callable) -> torch.Tensor:
+        frames, quantized, _ = forward(images, lengths)
+        parts = nested_loss(frames, images, lengths, cutoffs)
+        quantizer = quantized.codebook_loss + stage.commitment * quantized.commitment_loss
+        return parts["full"] + parts["prefix"] + stage.quantizer_weight * quantizer
+
+    return _step(model, loss, stage, device)
+
+
+def transformer_step(model: SpectralARTransformer, stage: TransformerStage, device: torch.device) -> Step:
+    config = model.to(device).train().config
+    codes = torch.randint(config.codebook_size, (stage.batch_size, config.num_tokens)).to(device)
+    labels = torch.randint(config.num_classes + 1, (stage.batch_size,)).to(device)
+    return _step(model, lambda forward: next_token_loss(forward(codes[:, :-1], labels), codes).mean(), stage, device)
+
+
+def _step(model: torch.nn.Module, loss: Callable, stage: StageConfig, device: torch.device) -> Step:
+    optimizer, parameters = make_optimizer(model, stage), list(model.parameters())
+    ema = make_ema(parameters, stage.ema_decay)
+    ema.to(device)
+    compiled = torch.compile(model) if stage.compile else model
+
+    def backward(forward: Callable) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=stage.mixed_precision == "bf16"):
+            value = loss(forward)
+        value.backward()
+
+    def step() -> None:
+        backward(compiled)
+        torch.nn.utils.clip_grad_norm_(parameters, stage.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.step(parameters)
+
+    def counted() -> None:
+        backward(model)
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, counted
