@@ -64,3 +64,27 @@ def tiny_pipeline(
     pipe = SpectralARPipeline(codes, model, id2label=id2label)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def sharing_weights(pipe: SpectralARPipeline) -> SpectralARPipeline:
+    """A second pipeline of the same models, with a state of its own; silent."""
+    other = SpectralARPipeline(**pipe.components, **pipe.parameters)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def seed(value: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(value)
+
+
+def record_steps(monkeypatch) -> list[tuple[int, int]]:
+    """Rows and new tokens of each step that the transformer runs from now on."""
+    seen = []
+    real = SpectralARTransformer.step
+
+    def step(self, tokens, position, conditioning, cache):
+        seen.append((conditioning.start.shape[0], 0 if tokens is None else tokens.shape[1]))
+        return real(self, tokens, position, conditioning, cache)
+
+    monkeypatch.setattr(SpectralARTransformer, "step", step)
+    return seen
