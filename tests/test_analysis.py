@@ -54,7 +54,7 @@ def test_psnr_of_a_known_error():
 
 
 def test_psnr_clamps_and_broadcasts():
-    reference = torch.ones(2, 1, 1, 4, 4)
+    reference = torch.full((2, 1, 1, 4, 4), 3.0)
     frames = torch.stack([torch.full((3, 1, 4, 4), 1.5), torch.full((3, 1, 4, 4), -7.0)])
     assert psnr(frames, reference).tolist() == [[100.0] * 3, [0.0] * 3]
 
