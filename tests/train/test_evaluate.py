@@ -1,0 +1,319 @@
+"""The evaluation from end to end on a tiny pipeline, checked against the same numbers computed apart."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from spectralar import SpectralARPipeline
+from spectralar.analysis import psnr, ssim
+from spectralar.spectral import nested_targets
+from tests.helpers import tiny_pipeline
+from train import sample_bank as bank
+from train.classifier import Classifier, load_classifier, save_classifier
+from train.config import load_config
+from train.data import load_images, to_float
+from train.evaluate import main
+from train.judges import Judge, compare
+from train.metrics import frechet_distance
+
+CLASSES = ["bag", "boot", "shirt", "sneaker"]
+SAMPLES, SCALES = 22, [1.0, 2.5]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A pipeline, a judge, a preset and its images: 12 a class to train on, 8 held out, which are far brighter."""
+    folder, random = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
+    for split, count, light in (("train", 12, 0), ("test", 8, 100)):
+        for label, name in enumerate(CLASSES):
+            (folder / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(light, 156 + light, (16, 16))
+                pixels[4 * label : 4 * label + 4] //= 2
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / split / name / f"{i}.png")
+    data = {"source": str(folder / "images"), "image_size": 16, "channels": 1}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({"name": "tiny", "data": data}))
+    pipe = tiny_pipeline(dtype=torch.float32, id2label=dict(enumerate(CLASSES)))
+    pipe.save_pretrained(folder / "pipeline")
+    torch.manual_seed(1)
+    judge = Classifier(16, 1, num_classes=4, width=4)
+    images = load_images(load_config(str(folder / "tiny.yaml")).data, "train")
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=0.01)
+    for _ in range(30):  # so that it does not say the same of all images
+        loss = torch.nn.functional.cross_entropy(judge(to_float(images.images)), images.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    save_classifier(judge, folder / "classifier", class_names=CLASSES, accuracy=0.25)
+    return folder
+
+
+def evaluate(files, output, *options) -> dict:
+    arguments = [
+        files / "pipeline", "--config", files / "tiny.yaml", "--classifier", files / "classifier", "--output", output,
+        "--samples", SAMPLES, "--images", 1000, "--prefix-images", 10, "--threads", 1, *options,
+        *([] if "--guidance-scales" in options else ["--guidance-scales", *SCALES]),
+    ]  # fmt: skip
+    main([str(argument) for argument in arguments])
+    return json.loads((output / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def evaluated(files, tmp_path_factory):
+    output = tmp_path_factory.mktemp("evaluated")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(bank, "SHARD", 8)
+    results = evaluate(files, output, "--npz")
+    patch.undo()
+    return output, results
+
+
+@pytest.fixture(scope="module")
+def all_prefixes(files, tmp_path_factory):
+    """Results with prefixes of all images: their order, which is the evaluation's own, matters no more."""
+    return evaluate(files, tmp_path_factory.mktemp("all"), "--prefix-images", 1000)
+
+
+@pytest.fixture(scope="module")
+def truth(files):
+    """The pipeline, the judge, and both splits, all read anew: held-out images and labels, codes."""
+    pipe = SpectralARPipeline.from_pretrained(files / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    data = load_config(str(files / "tiny.yaml")).data
+    return pipe, Judge(load_classifier(files / "classifier")[0], torch.device("cpu")), {
+        split: load_images(data, split) for split in ("train", "eval")
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- numbers
+
+
+def test_reconstruction_is_that_of_all_held_out_images(evaluated, truth):
+    result, (pipe, judge, splits) = evaluated[1]["reconstruction"], truth
+    x = to_float(splits["eval"].images)
+    with torch.no_grad():
+        decoded = pipe.tokenizer.decode(pipe.tokenizer.encode(x))
+    assert result["images"] == len(x) == 32
+    assert result["psnr"] == pytest.approx(float(psnr(decoded, x).mean()), rel=1e-5)
+    assert result["ssim"] == pytest.approx(float(ssim(decoded, x).mean()), abs=1e-5)
+    expected = compare(judge(x), judge(decoded), splits["eval"].labels)
+    assert result == pytest.approx({**expected, "psnr": result["psnr"], "ssim": result["ssim"]}, rel=1e-4)
+
+
+def test_every_prefix_length_is_measured_against_the_image_and_its_low_pass(evaluated, all_prefixes, truth):
+    pipe, _, splits = truth
+    tokenizer, x = pipe.tokenizer, to_float(splits["eval"].images)
+    result = evaluated[1]["prefixes"]
+    assert result["images"] == 10
+    assert result["length"] == list(range(1, 13)) and result["cutoff"] == list(tokenizer.cutoffs)
+    assert result["psnr_image"][-1] == pytest.approx(result["psnr_low_pass"][-1])  # x_N is the image
+    assert [m["length"] for m in result["judged"]] == [1, 2, 4, 8, 12]
+    assert all_prefixes["prefixes"]["images"] == 32
+    with torch.no_grad():
+        frames = tokenizer.decode(tokenizer.encode(x), list(range(1, 13)))
+    targets = nested_targets(x, tokenizer.cutoffs)
+    for name, measure in (("psnr", psnr), ("ssim", ssim)):
+        for against, reference in (("image", x.unsqueeze(1).expand_as(targets)), ("low_pass", targets)):
+            expected = measure(frames, reference).mean(dim=0).tolist()
+            assert all_prefixes["prefixes"][f"{name}_{against}"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_judged_prefixes_are_compared_with_low_passes_of_the_same_cutoff(all_prefixes, truth):
+    pipe, judge, splits = truth
+    x, labels = to_float(splits["eval"].images), splits["eval"].labels
+    generators = [torch.Generator().manual_seed(i) for i in range(SAMPLES)]
+    classes = torch.arange(SAMPLES) % 4
+    codes = pipe(classes, guidance_scale=2.5, generator=generators, output_type="latent").codes
+    for column, k in enumerate((1, 2, 4, 8, 12)):
+        target = judge(nested_targets(x, pipe.tokenizer.cutoffs)[:, k - 1])
+        rebuilt = judge(pipe.tokenizer.decode(pipe.tokenizer.encode(x), k).detach())
+        generated = judge(pipe.tokenizer.decode(codes, k).detach())
+        assert all_prefixes["prefixes"]["judged"][column] == pytest.approx(
+            {
+                "length": k, "accuracy_low_pass": target.accuracy(labels), "accuracy": rebuilt.accuracy(labels),
+                "fd": frechet_distance(target.features, rebuilt.features),
+            },
+            rel=1e-3, abs=1e-6,
+        )  # fmt: skip
+        measured = all_prefixes["samples"][1]["prefixes"][column]
+        assert measured["images"] == SAMPLES
+        assert measured["accuracy"] == generated.accuracy(classes)
+        assert measured["fd"] == pytest.approx(frechet_distance(target.features, generated.features), rel=1e-3)
+
+
+def test_next_token_loss_and_codebook_are_by_position_and_split(evaluated, truth):
+    loss, (pipe, _, splits) = evaluated[1]["next_token_loss"], truth
+    codes = {name: pipe.tokenizer.encode(to_float(data.images)) for name, data in splits.items()}
+    for name, split in (("train", "train"), ("heldout", "eval")):
+        with torch.no_grad():
+            logits = pipe.transformer(codes[split][:, :-1], splits[split].labels)
+        p = logits.log_softmax(-1).gather(-1, codes[split][..., None])[..., 0]  # (n, N)
+        assert loss[f"{name}_by_position"] == pytest.approx((-p).mean(dim=0).tolist(), rel=1e-4)
+        assert loss[name] == pytest.approx(float(-p.mean()), rel=1e-4)
+    assert loss["train_images"] == 48 and loss["heldout_images"] == 32
+    assert loss["train"] != pytest.approx(loss["heldout"], rel=1e-3)
+
+    book = evaluated[1]["codebook"]
+    for position, perplexity in enumerate(book["perplexity_by_position"]):
+        p = torch.bincount(codes["eval"][:, position], minlength=32) / 32
+        assert perplexity == pytest.approx(float(torch.special.entr(p).sum().exp()), rel=1e-5)
+    assert max(book["perplexity_by_position"]) > 2
+    assert book["usage"] == pytest.approx(len(codes["eval"].unique()) / 32)
+
+
+def test_samples_are_measured_in_full_at_every_guidance_scale(evaluated, truth):
+    output, results = evaluated
+    pipe, judge, splits = truth
+    classes = torch.arange(SAMPLES) % 4
+    assert [m["guidance_scale"] for m in results["samples"]] == SCALES
+    for m in results["samples"]:
+        generators = [torch.Generator().manual_seed(i) for i in range(SAMPLES)]
+        out = pipe(classes, guidance_scale=m["guidance_scale"], generator=generators, output_type="pt")
+        fake = judge(out.images * 2 - 1)
+        expected = compare(judge(to_float(splits["eval"].images)), fake, classes)
+        # Neighbours are those of the first held-out images in an order of the evaluation's own.
+        own = {"precision", "recall", "density", "coverage"}
+        shared = {key: value for key, value in expected.items() if key not in own}
+        assert {key: m[key] for key in shared} == pytest.approx(shared, rel=1e-3)
+        assert m["manifold_images"] == SAMPLES
+        pixels = np.load(output / f"samples-{m['guidance_scale']:g}.npz")["arr_0"]
+        assert pixels.shape == (SAMPLES, 16, 16, 3) and pixels.dtype == np.uint8
+        assert np.abs(pixels[..., 0] / 255 - out.images[:, 0].numpy()).max() < 0.51 / 255
+    assert results["best_guidance_scale"] == min(results["samples"], key=lambda m: m["fd"])["guidance_scale"]
+
+
+def test_the_judge_sees_8_bits(truth):
+    _, judge, splits = truth
+    images = to_float(splits["eval"].images)
+    noisy = images + 0.9 / 255 * (2 * torch.rand(images.shape) - 1)
+    torch.testing.assert_close(judge(noisy).features, judge(images).features)
+    assert not torch.equal(judge(images + 2 / 255).features, judge(images).features)
+
+
+# ------------------------------------------------------------------------------------------- the report
+
+
+def test_report_has_every_number_that_it_depends_on_and_every_figure(evaluated, files):
+    output, results = evaluated
+    text = (output / "results.md").read_text()
+    card = json.loads((files / "classifier" / "classifier.json").read_text())
+    for part in (card["sha256"], results["command"], f"torch {torch.__version__.split('+')[0]}", "seed 0", "2.5"):
+        assert part in text
+    assert f"--samples {SAMPLES}" in results["command"]
+    assert f"| {results['reconstruction']['psnr']:.2f} dB |" in text
+    for m in results["samples"]:
+        assert f"| {m['fd']:.3f} | {m['inception_score']:.2f} | {m['accuracy']:.2%} |" in text
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):  # every row as long as its head
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+    linked = re.findall(r"\]\((figures/.*?)\)", text)
+    assert len(linked) == 8
+    for name in (*linked, "figures/samples-1.png", "figures/samples-2.5.png"):
+        image = np.asarray(Image.open(output / name).convert("L"))
+        assert image.std() > 5, name
+
+
+def test_sheets_show_the_first_samples_of_each_class(evaluated, truth):
+    """Pixel for pixel: row 1 of the sheet is class 1, column 2 its third sample."""
+    pipe, _, _ = truth
+    sheet = np.asarray(Image.open(evaluated[0] / "figures" / "samples-2.5.png").convert("L")).astype(float)
+    index = 2 * 4 + 1
+    out = pipe([1], guidance_scale=2.5, generator=torch.Generator().manual_seed(index), output_type="np")
+    side, gap, left, top = 64, 4, 100, 24
+    tile = sheet[top + side + gap :, left + 2 * (side + gap) :][:side, :side]
+    assert sheet.shape == (top + 4 * (side + gap), left + 10 * (side + gap))
+    expected = out.images[0, ..., 0].repeat(4, axis=0).repeat(4, axis=1) * 255
+    assert np.abs(tile - expected).max() < 2
+
+
+# ------------------------------------------------------------------------------------------- the sample bank
+
+
+@pytest.fixture
+def small_pipe(monkeypatch):
+    """A pipeline that counts the images it makes, and shards of 4."""
+    monkeypatch.setattr(bank, "SHARD", 4)
+    pipe, made = tiny_pipeline(dtype=torch.float32), []
+    call = SpectralARPipeline.__call__
+
+    def counting(self, labels, **arguments):
+        made.append(len(labels))
+        return call(self, labels, **arguments)
+
+    monkeypatch.setattr(SpectralARPipeline, "__call__", counting)
+    return pipe, made
+
+
+def test_bank_goes_on_where_it_was_and_keeps_what_it_has(small_pipe, tmp_path):
+    pipe, made = small_pipe
+    first, labels = bank.sample_bank(pipe, tmp_path, 10, 2.0, seed=0)
+    assert made == [4, 4, 2] and labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    again, _ = bank.sample_bank(pipe, tmp_path, 10, 2.0, seed=0)
+    fewer, _ = bank.sample_bank(pipe, tmp_path, 5, 2.0, seed=0)
+    assert made == [4, 4, 2]  # nothing more
+    more, _ = bank.sample_bank(pipe, tmp_path, 13, 2.0, seed=0)
+    assert made == [4, 4, 2, 4, 1]  # the one that was not full, and the rest
+    assert torch.equal(first, again) and torch.equal(first[:5], fewer) and torch.equal(first, more[:10])
+
+
+def test_bank_replaces_what_is_damaged_or_of_another_model_or_seed(small_pipe, tmp_path):
+    pipe, made = small_pipe
+    first, _ = bank.sample_bank(pipe, tmp_path, 8, 2.0, seed=0)
+    damaged = sorted(tmp_path.rglob("*.safetensors"))[1]
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    again, _ = bank.sample_bank(pipe, tmp_path, 8, 2.0, seed=0)
+    assert made == [4, 4, 4] and torch.equal(first, again)
+    other, _ = bank.sample_bank(pipe, tmp_path, 8, 2.0, seed=100)
+    assert len(made) == 5 and not torch.equal(first, other)
+    with torch.no_grad():
+        pipe.transformer.head.weight.neg_()
+    bank.sample_bank(pipe, tmp_path, 8, 2.0, seed=100)
+    assert len(made) == 7
+    bank.sample_bank(pipe, tmp_path, 8, 3.0, seed=100)
+    assert len(made) == 9
+
+
+# ------------------------------------------------------------------------------------------- what is refused
+
+
+def edit_classifier(files, folder, **changes):
+    model, card = load_classifier(files / "classifier")
+    arguments = {**card["architecture"], **{k: v for k, v in changes.items() if k in card["architecture"]}}
+    names = changes.get("class_names", CLASSES)
+    save_classifier(Classifier(**arguments), folder / "other", class_names=names, accuracy=0.5)
+    return folder / "other"
+
+
+def test_what_does_not_belong_together_is_refused(files, tmp_path):
+    with pytest.raises(SystemExit, match="The model takes 16-pixel images of 1 channels, and the data's have 32"):
+        evaluate(files, tmp_path / "out", "data.image_size=32")
+    judge = edit_classifier(files, tmp_path, image_size=32)
+    with pytest.raises(SystemExit, match="The classifier takes 32-pixel images"):
+        evaluate(files, tmp_path / "out", "--classifier", judge)
+    judge = edit_classifier(files, tmp_path, class_names=["bag", "boot", "sneaker", "shirt"])
+    with pytest.raises(SystemExit, match="The classifier knows 4 classes and .*, with 'sneaker' for 'shirt'"):
+        evaluate(files, tmp_path / "out", "--classifier", judge)
+    with pytest.raises(SystemExit, match="no trained classifier in"):
+        evaluate(files, tmp_path / "out", "--classifier", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samples", "3"], "must be a number of at least 10, not '3'"),
+        (["--guidance-scales", "nan"], "must be a number of at least 0, not 'nan'"),
+        (["--guidance-scales", "2", "data.limit=3"], "settings come before --guidance-scales"),
+        (["--config", "nowhere"], "There is no preset 'nowhere'"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["data.imagesize=3"], "did you mean data.image_size"),
+    ],
+)
+def test_unfit_options_are_refused(files, tmp_path, options, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluate(files, tmp_path, *options)
+    assert message in capsys.readouterr().err
