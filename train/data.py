@@ -18,8 +18,9 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from tqdm import tqdm
+
+from spectralar.image import preprocess_pil
 
 from .config import DataConfig
 from .sources import Listing, list_images, quoted
@@ -68,24 +69,6 @@ def load_images(cfg: DataConfig, split: str) -> ImageSet:
     images, good = _decode(listing, cfg)
     labels = torch.from_numpy(listing.labels[good])
     return ImageSet(torch.from_numpy(images), labels, class_names, int((~good).sum()))
-
-
-def preprocess_image(image: Image.Image, size: int, channels: int) -> np.ndarray:
-    """Any PIL image as uint8 (channels, size, size): upright, on white, centre-cropped, Lanczos-resized."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bit(image)
-    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (size, size):
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        # Cropped first, as resize(box=...) would let the filter look over the edge.
-        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(image)  # (H, W) or (H, W, C)
-    return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -161,7 +144,7 @@ def _decode(listing: Listing, cfg: DataConfig) -> tuple[np.ndarray, np.ndarray]:
             with listing.open_image(i) as image:
                 # JPEG can decode at 1/2, 1/4 or 1/8; twice the wanted size leaves the filter enough to do.
                 image.draft(None, (2 * cfg.image_size, 2 * cfg.image_size))
-                images[i] = preprocess_image(image, cfg.image_size, cfg.channels)
+                images[i] = preprocess_pil(image, cfg.image_size, cfg.channels)
             good[i] = True
         except MemoryError:
             raise
@@ -180,17 +163,6 @@ def _decode(listing: Listing, cfg: DataConfig) -> tuple[np.ndarray, np.ndarray]:
         logger.warning("%s: %d of %d images are broken and left out: %s",
                        cfg.source, len(broken), len(good), quoted(broken, 3))
     return images if good.all() else images[good], good
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float grey as "L". PIL itself would clip instead of scaling."""
-    pixels = np.asarray(image).astype(np.float32)
-    top = pixels.max(initial=0)
-    if image.mode == "F":
-        scale = 255.0 if top <= 1 else 1.0
-    else:  # mode "I" is wide, but holds whatever the file had
-        scale = 1 / 257 if image.mode != "I" or top > 255 else 1.0
-    return Image.fromarray((pixels * scale).round().clip(0, 255).astype(np.uint8))
 
 
 def _readable(names: list[str], mapping_file: str) -> list[str]:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from spectralar.image import preprocess_pil
 from train.config import DataConfig
-from train.data import augment, load_images, preprocess_image, step_indices, to_float
+from train.data import augment, load_images, step_indices, to_float
 
 
 def encoded(image: Image.Image, kind: str, **options) -> Image.Image:
@@ -43,7 +44,7 @@ def write_classes(root, counts: dict[str, int]) -> DataConfig:
 def test_every_mode_becomes_grey_or_colour(mode, channels):
     via = {"RGBa": "RGBA", "PA": "P"}.get(mode, "RGB")  # PIL converts to some modes from few others
     white = Image.new("RGB", (12, 12), "white").convert(via).convert(mode)
-    pixels = preprocess_image(white, 8, channels)
+    pixels = preprocess_pil(white, 8, channels)
     assert pixels.shape == (channels, 8, 8)
     assert pixels.dtype == np.uint8
     assert pixels.flags["C_CONTIGUOUS"]
@@ -52,30 +53,30 @@ def test_every_mode_becomes_grey_or_colour(mode, channels):
 
 def test_colours_keep_their_channels():
     image = Image.new("RGB", (8, 8), (200, 100, 50))
-    assert preprocess_image(image, 8, 3)[:, 3, 3].tolist() == [200, 100, 50]
-    assert preprocess_image(image, 8, 1)[0, 3, 3] == round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)
+    assert preprocess_pil(image, 8, 3)[:, 3, 3].tolist() == [200, 100, 50]
+    assert preprocess_pil(image, 8, 1)[0, 3, 3] == round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)
 
 
 def test_transparency_is_flattened_on_white():
     half = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     half.paste((0, 0, 255, 255), (0, 0, 4, 8))
-    pixels = preprocess_image(half, 8, 3)
+    pixels = preprocess_pil(half, 8, 3)
     assert pixels[:, 0, 0].tolist() == [0, 0, 255]
     assert pixels[:, 0, 7].tolist() == [255, 255, 255]
     # A palette entry, and a grey level, declared transparent in the file.
     palette = encoded(half.convert("RGB").quantize(2), "PNG", transparency=0)
-    assert palette.mode == "P" and (preprocess_image(palette, 8, 1) == 255).any()
+    assert palette.mode == "P" and (preprocess_pil(palette, 8, 1) == 255).any()
     grey = encoded(Image.new("L", (8, 8), 7), "PNG", transparency=7)
-    assert (preprocess_image(grey, 8, 1) == 255).all()
+    assert (preprocess_pil(grey, 8, 1) == 255).all()
 
 
 def test_16_bits_are_scaled_not_clipped():
     wide = Image.fromarray(ramp(8).astype(np.uint16) * 257)
     assert wide.mode == "I;16"
     for image in (wide, encoded(wide, "PNG"), wide.convert("I")):
-        assert np.array_equal(preprocess_image(image, 8, 1)[0], ramp(8))
-    assert np.array_equal(preprocess_image(Image.fromarray(ramp(8).astype(np.int32)), 8, 1)[0], ramp(8))
-    assert np.array_equal(preprocess_image(Image.fromarray(ramp(8) / np.float32(255)), 8, 1)[0], ramp(8))
+        assert np.array_equal(preprocess_pil(image, 8, 1)[0], ramp(8))
+    assert np.array_equal(preprocess_pil(Image.fromarray(ramp(8).astype(np.int32)), 8, 1)[0], ramp(8))
+    assert np.array_equal(preprocess_pil(Image.fromarray(ramp(8) / np.float32(255)), 8, 1)[0], ramp(8))
 
 
 def test_orientation_of_cameras_is_applied():
@@ -83,7 +84,7 @@ def test_orientation_of_cameras_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by a quarter, clockwise
     turned = encoded(image, "PNG", exif=exif)
-    assert np.array_equal(preprocess_image(turned, 8, 1)[0], np.rot90(ramp(8), -1))
+    assert np.array_equal(preprocess_pil(turned, 8, 1)[0], np.rot90(ramp(8), -1))
 
 
 @pytest.mark.parametrize("size", [(30, 10), (10, 30)])
@@ -91,12 +92,12 @@ def test_crop_is_central(size):
     image = Image.new("L", size, 0)
     image.paste(255, ((size[0] - 10) // 2, (size[1] - 10) // 2, (size[0] + 10) // 2, (size[1] + 10) // 2))
     for side in (4, 10, 20):
-        assert (preprocess_image(image, side, 1) == 255).all()
+        assert (preprocess_pil(image, side, 1) == 255).all()
 
 
 def test_shrinking_does_not_alias():
     stripes = np.tile(np.array([0, 255], np.uint8), (64, 32))  # the finest there are: grey from afar
-    pixels = preprocess_image(Image.fromarray(stripes), 8, 1)
+    pixels = preprocess_pil(Image.fromarray(stripes), 8, 1)
     assert np.abs(pixels[0, :, 1:-1].astype(int) - 127).max() <= 3
 
 
@@ -131,7 +132,7 @@ def test_large_jpegs_decode_small_and_look_the_same(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     image.save(tmp_path / "train" / "a" / "0.jpg", quality=95)
     data = load_images(DataConfig(source=str(tmp_path), image_size=32), "train")
-    assert np.abs(data.images[0].int().numpy() - preprocess_image(image, 32, 1).astype(int)).max() <= 3
+    assert np.abs(data.images[0].int().numpy() - preprocess_pil(image, 32, 1).astype(int)).max() <= 3
 
 
 def test_limit_is_a_fixed_sample_of_all_classes(tmp_path):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from spectralar.image import preprocess_pil
 from train.config import DataConfig
-from train.data import load_images, preprocess_image
+from train.data import load_images
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +83,7 @@ def test_fashion_mnist_in_other_sizes_and_colours(tmp_path):
     assert np.array_equal(own, np.repeat(pixels[:, None], 3, axis=1))
     double = load_images(DataConfig(root=str(tmp_path), image_size=64), "train").images
     padded = np.pad(pixels[0], 2)
-    assert np.array_equal(double[0], preprocess_image(Image.fromarray(padded), 64, 1))
+    assert np.array_equal(double[0], preprocess_pil(Image.fromarray(padded), 64, 1))
 
 
 def test_fashion_mnist_folder_may_come_from_the_environment(tmp_path, monkeypatch):
