@@ -18,7 +18,7 @@ from .. import __version__
 if TYPE_CHECKING:
     from .generate import Run
 
-EXPORTS = {"png": "PNG sheet", "webp": "Animated WebP", "gif": "GIF", "json": "Codes (JSON)", "py": "Python"}
+EXPORTS = {"png": "PNG sheet", "webp": "Animated WebP", "gif": "GIF", "json": "Codes (JSON)", "py": "Python code"}
 ANIMATION_SIDE = 256  # small images are enlarged to at least this, in whole steps, for posting
 ANIMATION_SECONDS = 4.0
 LAST_FRAME_SECONDS = 1.5

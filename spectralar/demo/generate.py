@@ -3,157 +3,27 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
 from typing import Any
 
 import gradio as gr
-import numpy as np
 
 from ..sampling import GUIDANCE_SCHEDULES, guidance_curve
 from .errors import one_sentence, user_error
 from .export import EXPORTS, export_file, png_data_url
-from .links import Link
-from .model import MAX_SEED, Frame, Model
-from .scrubber import StripEncoder, scrubber, scrubber_value
+from .links import Link, Linked
+from .model import MAX_SEED, Model
+from .runs import MAX_IMAGES, Run, Settings, stream
+from .scrubber import scrubber
 
 TITLE = "Generate"
-MAX_IMAGES = 16
-# Between two messages to the browser: at least this long, and long enough for the browser to take in what it has.
-SECONDS_A_MESSAGE = 0.05
-BYTES_A_SECOND = 20e6
 SAMPLERS = 2  # visitors that are served at the same time
-
-
-@dataclass
-class Settings:
-    """What determines a picture, together with the model."""
-
-    class_label: str
-    count: int = 4
-    seed: int = 0
-    guidance_scale: float = 2.0
-    guidance_schedule: str = "constant"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    num_tokens: int | None = None
-    prefix_codes: list[int] = field(default_factory=list)
-
-    @classmethod
-    def checked(cls, model: Model, class_label: Any, count: Any, seed: Any, *rest: Any) -> Settings:
-        """Settings from the page or a client, where the pipeline does not check them itself.
-
-        Raises:
-            ValueError: one sentence about the first setting that is wrong.
-        """
-        *sampling, num_tokens, prefix = rest
-        if class_label is None or not str(class_label).strip():
-            raise ValueError("choose a class first.")
-        count = _whole(count, "the number of images", 1, MAX_IMAGES)
-        seed = _whole(seed, "the seed", 0, MAX_SEED)
-        num_tokens = model.num_tokens if num_tokens is None else num_tokens
-        num_tokens = _whole(num_tokens, "the number of tokens", 1, model.num_tokens)
-        if isinstance(prefix, str):
-            prefix = parse_codes(prefix)
-        prefix = [_whole(code, "each fixed token", 0, model.codebook_size - 1) for code in prefix or []]
-        if len(prefix) >= num_tokens:
-            raise ValueError(f"{len(prefix)} tokens are fixed and {num_tokens} wanted, so nothing is left to sample.")
-        guidance_scale, schedule, temperature, top_k, top_p = sampling
-        for name, number in (("guidance", guidance_scale), ("temperature", temperature), ("top-p", top_p)):
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                raise ValueError(f"{name} must be a number.")
-        top_k = _whole(top_k, "top-k", 0, model.codebook_size)
-        return cls(
-            str(class_label), count, seed, guidance_scale, schedule, temperature, top_k, top_p, num_tokens, prefix
-        )
-
-    def arguments(self) -> dict[str, Any]:
-        """Those of `SpectralARPipeline.stream` besides class, count and seed."""
-        names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p", "num_tokens")
-        return {name: getattr(self, name) for name in names} | {
-            "prefix_codes": [self.prefix_codes] if self.prefix_codes else None
-        }
-
-
-def _whole(value: Any, what: str, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or int(value) != value:
-        raise ValueError(f"{what} must be a whole number between {low} and {high}.")
-    if not low <= value <= high:
-        raise ValueError(f"{what} must be between {low} and {high}, got {int(value)}.")
-    return int(value)
-
-
-def parse_codes(text: str) -> list[int]:
-    """Codes written with spaces, commas or dots between them."""
-    words = text.replace(",", " ").replace(".", " ").split()
-    if not all(word.isdecimal() for word in words):
-        raise ValueError("fixed tokens are codes, whole numbers with spaces between them.")
-    return [int(word) for word in words]
-
-
-class Run:
-    """One click: its settings, and what has been sampled so far. Kept in the visitor's session for the buttons."""
-
-    def __init__(self, model: Model, settings: Settings) -> None:
-        self.model, self.settings = model, settings
-        self.frames: list[np.ndarray] = []  # (B, H, H[, 3]) uint8, one a prefix length
-        self.codes: list[list[int]] = []  # B lists
-        count, total = settings.count, settings.num_tokens
-        name = f"{settings.class_label.split(',')[0].lower().replace(' ', '-')}-seed{settings.seed}"
-        self.encoder = StripEncoder(total)
-        self.value = scrubber_value(
-            [{"title": settings.class_label, "captions": [""] * count}],
-            model.cutoffs, model.image_size, model.codebook_size, num_tokens=total, selectable=True, name=name,
-        )  # fmt: skip
-        self.value |= {"busy": True, "status": "Waiting for its turn"}
-        self.sent_bytes = 0
-
-    def add(self, frame: Frame) -> None:
-        self.frames.append(frame.images)
-        self.codes = frame.codes
-        strip = self.encoder.encode(frame.images)
-        self.sent_bytes += len(strip)
-        self.value["frames"].append(strip)
-        self.value["codes"].append([codes[-1] for codes in frame.codes])
-        left = self.settings.num_tokens - frame.k
-        if frame.sampled:
-            rate = frame.sampled / max(frame.seconds, 1e-6)
-            self.value["status"] = (
-                f"{rate:.3g} tokens/s · {left / rate:.1f} s left"
-                if left
-                else f"{frame.seconds:.1f} s · {rate:.3g} tokens/s"
-            )
-
-    def finish(self, stopped: bool = False) -> None:
-        self.value["busy"] = False
-        if stopped:
-            self.value["status"] = f"Stopped after {len(self.frames)} of {self.settings.num_tokens} tokens"
-
-    def snapshot(self) -> dict[str, Any]:
-        """The value as it is now: Gradio keeps what it sent to find the difference, so lists must be copies."""
-        return {key: list(item) if isinstance(item, list) else item for key, item in self.value.items()}
-
-
-def stream(model: Model, settings: Settings) -> Iterator[Run]:
-    """The run, each time there is something to send: at once, at the first token, then as often as is useful."""
-    run = Run(model, settings)
-    with one_sentence():
-        class_id = model.label(settings.class_label)
-        frames = model.frames(class_id, settings.count, settings.seed, **settings.arguments())
-        yield run
-        sent = 0.0
-        with closing(frames):
-            for frame in frames:
-                run.add(frame)
-                interval = max(SECONDS_A_MESSAGE, run.sent_bytes / BYTES_A_SECOND)
-                if frame.sampled == 1 or (frame.sampled and time.perf_counter() - sent >= interval):
-                    yield run
-                    sent = time.perf_counter()
-        run.finish()
-        yield run
+NUM_EXAMPLES = 6
+DEFAULTS = Settings(class_label="")
+QUIET = {"api_visibility": "private", "show_progress": "hidden", "queue": False}  # for handlers that take no time
 
 
 # -------------------------------------------------------------------------------------------------- guidance curve
@@ -174,45 +44,73 @@ def guidance_plot(model: Model, scale: float, schedule: str, num_tokens: int) ->
     )
 
 
-# -------------------------------------------------------------------------------------------------- the tab
+# -------------------------------------------------------------------------------------------------- layout
 
 
-def build(model: Model) -> list[Link]:
+def _controls(model: Model) -> dict[str, gr.components.Component]:
+    """The settings, by their names in the page's address and in the order of `Settings`."""
+    n, names = model.num_tokens, model.class_names
+    with gr.Group():
+        label = gr.Dropdown(names, value=names[0], label="Class", filterable=True, elem_id="class")
+        count = gr.Slider(1, MAX_IMAGES, DEFAULTS.count, step=1, label="Images", elem_id="count")
+        with gr.Row(elem_classes="seed"):
+            seed = gr.Number(
+                DEFAULTS.seed, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, elem_id="seed"
+            )
+            dice = gr.Button("Random", size="sm", scale=0, min_width=76, elem_id="dice")
+        scale = gr.Slider(
+            0,
+            10,
+            DEFAULTS.guidance_scale,
+            step=0.1,
+            label="Guidance",
+            info="Higher is more typical",
+            elem_id="guidance",
+        )
+        curve = gr.HTML(guidance_plot(model, scale.value, DEFAULTS.guidance_schedule, n), elem_id="guidance-curve")
+    with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+        schedule = gr.Dropdown(
+            list(GUIDANCE_SCHEDULES), value=DEFAULTS.guidance_schedule, label="Guidance schedule", elem_id="schedule"
+        )
+        temperature = gr.Slider(
+            0, 2, DEFAULTS.temperature, step=0.01, label="Temperature", info="0 takes the likeliest token"
+        )
+        top_k = gr.Slider(0, model.codebook_size, DEFAULTS.top_k, step=1, label="Top-k", info="0 is off")
+        top_p = gr.Slider(0.01, 1, DEFAULTS.top_p, step=0.01, label="Top-p", info="1 is off")
+        tokens = gr.Slider(1, n, n, step=1, label="Tokens", info="Stop after this many", elem_id="num-tokens")
+        prefix = gr.Textbox("", label="Fixed first tokens", info="Codes to start from", max_length=8 * n)
+
+    dice.click(new_seed, None, seed, **QUIET)
+    gr.on(
+        [scale.change, schedule.change, tokens.change],
+        lambda *values: guidance_plot(model, *values), [scale, schedule, tokens], curve,
+        trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
+    label.input(lambda: "", None, prefix, **QUIET)  # fixed tokens belong to a picture, not to a class
+    return {
+        "class": label, "count": count, "seed": seed, "guidance": scale, "schedule": schedule,
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "tokens": tokens, "prefix": prefix,
+    }  # fmt: skip
+
+
+def _examples(model: Model) -> gr.Dataset:
+    """A few classes to try, spread over all of them."""
+    names = model.class_names
+    some = names[:: max(1, len(names) // NUM_EXAMPLES)][:NUM_EXAMPLES]
+    return gr.Dataset(
+        components=[gr.Textbox(visible=False)], samples=[[name] for name in some], label="Try", elem_id="try"
+    )
+
+
+def build(model: Model) -> Linked:
     """Lays out the tab; returns what of it stands in the page's address."""
-    n = model.num_tokens
-    run_state = gr.State(None)
     with gr.Row(elem_classes="split"):
         with gr.Column(scale=3, min_width=300, elem_classes="panel"):
-            names = model.class_names
-            with gr.Group():
-                label = gr.Dropdown(names, value=names[0], label="Class", filterable=True, elem_id="class")
-                count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images", elem_id="count")
-                with gr.Row(elem_classes="seed"):
-                    seed = gr.Number(
-                        0,
-                        label="Seed",
-                        precision=0,
-                        minimum=0,
-                        maximum=MAX_SEED,
-                        elem_id="seed",
-                        scale=4,
-                        min_width=120,
-                    )
-                    dice = gr.Button("Random", size="sm", elem_id="dice", scale=0, min_width=76)
-                guidance = gr.Slider(
-                    0, 10, 2.0, step=0.1, label="Guidance", elem_id="guidance", info="Higher is more typical"
-                )
-                curve = gr.HTML(guidance_plot(model, 2.0, "constant", n), elem_id="guidance-curve", padding=True)
             with gr.Row(elem_classes="tight"):
-                go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=100, scale=3)
-                stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=70, scale=1)
-            with gr.Accordion("Advanced", open=False):
-                schedule = gr.Dropdown(list(GUIDANCE_SCHEDULES), value="constant", label="Guidance schedule")
-                temperature = gr.Slider(0, 2, 1.0, step=0.01, label="Temperature", info="0 takes the likeliest token")
-                top_k = gr.Slider(0, model.codebook_size, 0, step=1, label="Top-k", info="0 is off")
-                top_p = gr.Slider(0.01, 1, 1.0, step=0.01, label="Top-p", info="1 is off")
-                tokens = gr.Slider(1, n, n, step=1, label="Tokens", info="Stop after this many")
-                prefix = gr.Textbox("", label="Fixed first tokens", info="Codes to start from", max_length=8 * n)
+                go = gr.Button("Generate", variant="primary", min_width=100, scale=3, elem_id="generate")
+                stop = gr.Button("Stop", interactive=False, min_width=70, scale=1, elem_id="stop")
+            controls = _controls(model)
+            examples = _examples(model)
         with gr.Column(scale=7, min_width=320):
             view = scrubber(
                 hint="Choose a class and generate: the images appear coarse and sharpen token by token.",
@@ -222,104 +120,130 @@ def build(model: Model) -> list[Link]:
                 ],
                 elem_id="generated",
             )
-            with gr.Row(elem_classes="tight wrap after"):
-                same = gr.Button("Same again", size="sm", elem_id="same-again", interactive=False, min_width=90)
-                fresh = gr.Button("New seed", size="sm", elem_id="new-seed", interactive=False, min_width=90)
-                downloads = [
-                    gr.Button(title, size="sm", elem_id=f"export-{name}", interactive=False, min_width=90)
-                    for name, title in EXPORTS.items()
-                ]
+            with gr.Row(elem_classes="tight wrap"):
+                small = {"size": "sm", "interactive": False, "min_width": 90}
+                same = gr.Button("Same again", elem_id="same-again", **small)
+                fresh = gr.Button("New seed", elem_id="new-seed", **small)
+                downloads = {
+                    name: gr.Button(title, elem_id=f"export-{name}", **small) for name, title in EXPORTS.items()
+                }
             file = gr.DownloadButton(visible="hidden", elem_id="export-file")
 
-    controls = [label, count, seed, guidance, schedule, temperature, top_k, top_p, tokens, prefix]
-    after = [same, fresh, *downloads]
-    outputs = [view, run_state, go, stop, *after]
+    tab = _Tab(model, list(controls.values()), view, go, stop, same, fresh, downloads, gr.State(None))
+    tab.listen(examples)
+    tab.listen_to_downloads(file)
+    _add_endpoint(model)
+    return Linked([Link(name, component) for name, component in controls.items()], [go.click])
 
-    def show(run: Run, first: bool) -> list[Any]:
-        """Outputs for a moment of a run; buttons change at its beginning and its end only."""
-        busy = run.value["busy"]
-        if busy and not first:
-            return [run.snapshot(), *[gr.skip()] * (len(outputs) - 1)]
-        has_frames = bool(run.frames)
-        return [
-            run.snapshot(), run, gr.Button(interactive=not busy), gr.Button(interactive=busy),
-            gr.Button(interactive=has_frames), gr.Button(interactive=True),
-            *[gr.Button(interactive=has_frames and not busy)] * len(downloads),
-        ]  # fmt: skip
 
-    def generate(*values: Any) -> Iterator[list[Any]]:
+# -------------------------------------------------------------------------------------------------- behaviour
+
+
+def new_seed() -> int:
+    return random.randint(0, MAX_SEED)
+
+
+@dataclass
+class _Tab:
+    """The tab's components, and what happens between them."""
+
+    model: Model
+    controls: list[gr.components.Component]
+    view: gr.HTML
+    go: gr.Button
+    stop: gr.Button
+    same: gr.Button
+    fresh: gr.Button
+    downloads: dict[str, gr.Button]
+    run: gr.State
+
+    def listen(self, examples: gr.Dataset) -> None:
+        outputs = [self.view, self.run, self.go, self.stop, self.same, self.fresh, *self.downloads.values()]
+        options = {
+            "inputs": self.controls, "outputs": outputs, "concurrency_id": "sample", "concurrency_limit": SAMPLERS,
+            "show_progress": "hidden", "api_visibility": "private",
+        }  # fmt: skip
+        label, _, seed, *_, prefix = self.controls
+        runs = [self.go.click(self.generate, **options)]
+        for trigger, change, inputs, changed in (
+            (self.same.click, self.settings_of, self.run, self.controls),
+            (self.fresh.click, new_seed, None, seed),
+            (self.view.action, self.more, self.run, self.controls),
+            (examples.click, lambda sample: (sample[0], ""), examples, [label, prefix]),
+        ):
+            runs.append(trigger(change, inputs, changed, **QUIET).success(self.generate, **options))
+        # The token that is being sampled is finished, no other begun; a visitor who leaves has the same effect.
+        self.stop.click(self.stopped, self.run, outputs, cancels=runs, **QUIET)
+        self.opening = cache(self._opening)
+        gr.on(
+            None,
+            self.open,
+            None,
+            outputs,
+            **{key: options[key] for key in options if key not in ("inputs", "outputs")},
+        )
+
+    def listen_to_downloads(self, file: gr.DownloadButton) -> None:
+        for name, button in self.downloads.items():
+            written = button.click(
+                partial(export_file, name=name, cache_folder=file.GRADIO_CACHE), self.run, file,
+                api_visibility="private", show_progress="hidden",
+            )  # fmt: skip
+            written.success(None, js="() => document.querySelector('#export-file').click()")
+
+    def generate(self, *values: Any) -> Iterator[dict]:
         with one_sentence():
-            settings = Settings.checked(model, *values)
-        first = True
-        with closing(stream(model, settings)) as runs:
+            settings = Settings.checked(self.model, *values)
+        with closing(stream(self.model, settings)) as runs:
             for run in runs:
-                yield show(run, first)
-                first = False
+                # Buttons change at the beginning and at the end only; between them the frames travel alone.
+                whole = not run.frames or not run.value["busy"]
+                yield self.show(run) if whole else {self.view: run.snapshot()}
 
-    def stopped(run: Run | None) -> list[Any]:
-        if run is None:
-            return [
-                gr.skip(),
-                gr.skip(),
-                gr.Button(interactive=True),
-                gr.Button(interactive=False),
-                *[gr.skip()] * len(after),
-            ]
+    def show(self, run: Run) -> dict:
+        """Everything as it should be at a moment of a run."""
+        busy, has_frames = run.value["busy"], bool(run.frames)
+        return {
+            self.view: run.snapshot(),
+            self.run: run,
+            self.go: gr.Button(interactive=not busy),
+            self.stop: gr.Button(interactive=busy),
+            self.same: gr.Button(interactive=not busy),
+            self.fresh: gr.Button(interactive=True),
+        } | {button: gr.Button(interactive=has_frames and not busy) for button in self.downloads.values()}
+
+    def stopped(self, run: Run | None) -> dict:
+        if run is None:  # stopped while waiting for its turn
+            return {self.go: gr.Button(interactive=True), self.stop: gr.Button(interactive=False)}
         run.finish(stopped=True)
-        return show(run, True)
+        return self.show(run)
 
-    options = {
-        "inputs": controls, "outputs": outputs, "concurrency_id": "sample", "concurrency_limit": SAMPLERS,
-        "show_progress": "hidden", "api_visibility": "private",
-    }  # fmt: skip
-    private = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
-    runs = [go.click(generate, **options)]
-
-    def new_seed() -> int:
-        return random.randint(0, MAX_SEED)
-
-    def restore(run: Run) -> list[Any]:
+    def settings_of(self, run: Run) -> list[Any]:
+        """The controls' values that made a run."""
         values = asdict(run.settings) | {"prefix_codes": " ".join(map(str, run.settings.prefix_codes))}
-        return [values[f.name] for f in fields(Settings)]
+        return [values[field.name] for field in fields(Settings)]
 
-    def more(run: Run, event: gr.EventData) -> list[Any]:
-        if event.name != "more":
-            return [gr.skip()] * len(controls)
+    def more(self, run: Run, event: gr.EventData) -> list[Any]:
+        """The controls' values for variations of one picture: its first k tokens, a new seed for the rest."""
         image, k = int(event.image), int(event.k)
         if not (0 <= image < len(run.codes) and 0 < k < run.settings.num_tokens):
             raise user_error("All tokens of this image would be kept: move the slider to an earlier token first.")
-        values = restore(run)
-        values[2] = new_seed()
-        values[-1] = " ".join(map(str, run.codes[image][:k]))
-        return values
+        label, count, _, *rest, _ = self.settings_of(run)
+        return [label, count, new_seed(), *rest, " ".join(map(str, run.codes[image][:k]))]
 
-    def clear_prefix() -> str:
-        return ""
+    def _opening(self) -> Run:
+        """What a visitor sees first: the default settings, sampled once for all visitors."""
+        values = [control.value for control in self.controls]
+        *_, run = stream(self.model, Settings.checked(self.model, *values))
+        run.value["play"] = True
+        return run
 
-    for trigger, change, inputs, changed in (
-        (same.click, restore, [run_state], controls),
-        (fresh.click, new_seed, None, [seed]),
-        (view.action, more, [run_state], controls),
-    ):
-        runs.append(trigger(change, inputs, changed, **private).success(generate, **options))
-    stop.click(stopped, [run_state], outputs, cancels=runs, **private)
-    dice.click(new_seed, None, seed, **private)
-    gr.on(
-        [guidance.change, schedule.change, tokens.change],
-        lambda *values: guidance_plot(model, *values), [guidance, schedule, tokens], curve,
-        trigger_mode="always_last", **private,
-    )  # fmt: skip
-    label.input(clear_prefix, None, prefix, **private)  # a prefix belongs to a picture, not to a class
-    for button, name in zip(downloads, EXPORTS, strict=True):
-        written = button.click(
-            lambda run, name=name: export_file(run, name, file.GRADIO_CACHE), run_state, file,
-            api_visibility="private", show_progress="hidden",
-        )  # fmt: skip
-        written.success(None, js="() => document.querySelector('#export-file').click()")
-
-    _add_endpoint(model)
-    names = ("class", "count", "seed", "guidance", "schedule", "temperature", "top_k", "top_p", "tokens", "prefix")
-    return [Link(name, component) for name, component in zip(names, controls, strict=True)]
+    def open(self, request: gr.Request) -> dict:
+        """The opening picture, unless the visitor's link asks for another one."""
+        query = request.query_params
+        if "seed" in query or query.get("tab", "generate") != "generate":
+            return {}
+        return self.show(self.opening())
 
 
 def _add_endpoint(model: Model) -> None:

@@ -19,6 +19,13 @@ class Link(NamedTuple):
     component: gr.components.Component
 
 
+class Linked(NamedTuple):
+    """What of a tab stands in the address: written when one of the components changes, and on these events."""
+
+    links: list[Link]
+    events: list[Any]
+
+
 def from_query(component: gr.components.Component, text: str) -> Any:
     """The value that `text` means for a component, or None if it is none: an address is typed by anybody."""
     if len(text) > MAX_LENGTH:

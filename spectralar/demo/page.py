@@ -14,7 +14,7 @@ from .links import restore, write_script
 from .model import Model
 from .scrubber import CSS as SCRUBBER_CSS
 
-# One module a tab: TITLE, and build(model), which lays it out and returns the links of its settings.
+# One module a tab: TITLE, and build(model), which lays it out and returns what of it stands in the address.
 TABS: Sequence[ModuleType] = (generate, reconstruct)
 
 PAPER = "https://arxiv.org/abs/2506.10962"
@@ -44,13 +44,13 @@ def build(model: Model) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs") as tabs:
             for slug, tab in zip(slugs, TABS, strict=True):
                 with gr.Tab(tab.TITLE, id=slug, elem_id=f"tab-{slug}") as item:
-                    tab_links = tab.build(model)
+                    tab_links, events = tab.build(model)
                 links += tab_links
                 item.select(None, js=f"() => {{ ({write_script(['tab'])})('{slug}') }}")
                 components = [link.component for link in tab_links]
                 if tab_links:
                     gr.on(
-                        [component.change for component in components], None, components,
+                        [*(component.change for component in components), *events], None, components,
                         js=write_script([link.name for link in tab_links]),
                     )  # fmt: skip
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ..analysis import SSIM_WINDOW, baselines, prefix_bits, psnr, ssim, token_contributions
@@ -21,17 +17,14 @@ from ..image import to_model_input
 from ..spectral import dct2, nested_targets
 from .errors import one_sentence, user_error
 from .export import png_data_url
-from .links import Link
+from .links import Link, Linked
 from .model import Model, to_pixels
+from .pictures import ERROR_GAIN, error_map, log_spectrum, signed_map
 from .scrubber import StripEncoder, scrubber, scrubber_value
-from .upload import PhotoInput
+from .upload import PhotoInput, crop_figure
 
 TITLE = "Reconstruct"
 EXAMPLES = Path(__file__).parents[2] / "assets" / "examples"
-ERROR_GAIN = 4
-SPECTRUM_DECADES = 4  # magnitudes this many powers of ten below the largest one are black
-MAGMA = (matplotlib.colormaps["magma"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)  # (256, 3)
-
 PICTURES = ("Original", "Ideal low-pass", "Reconstruction")
 
 
@@ -56,27 +49,6 @@ class Reconstruction:
 # -------------------------------------------------------------------------------------------------- pictures
 
 
-def colour_map(x: Tensor) -> np.ndarray:
-    """(..., H, H) in [0, 1] -> (..., H, H, 3) uint8, dark to light."""
-    return MAGMA[(x.clamp(0, 1) * 255).round().long().numpy()]
-
-
-def error_map(difference: Tensor) -> np.ndarray:
-    """Absolute differences (..., C, H, H) of images in [-1, 1], mean over channels, times 4, colour-mapped."""
-    return colour_map(difference.abs().mean(dim=-3) / 2 * ERROR_GAIN)
-
-
-def log_spectrum(x: Tensor, peak: float) -> np.ndarray:
-    """Log magnitude of the DCT of (..., C, H, H), mean over channels, `SPECTRUM_DECADES` below `peak` to `peak`."""
-    magnitude = dct2(x).abs().mean(dim=-3).clamp(min=1e-12)
-    return colour_map(1 + (magnitude / peak).log10() / SPECTRUM_DECADES)
-
-
-def signed_map(x: Tensor, gain: float) -> np.ndarray:
-    """Differences (..., C, H, H) around mid-grey, times `gain`, as pixels."""
-    return to_pixels((0.5 + x / 2 * gain).clamp(0, 1))
-
-
 def strips(model: Model, shown: Reconstruction) -> tuple[list[dict[str, Any]], Iterator[list[np.ndarray]]]:
     """The rows of pictures, and their tiles for each prefix length."""
     image, frames = shown.image, shown.frames
@@ -92,16 +64,11 @@ def strips(model: Model, shown: Reconstruction) -> tuple[list[dict[str, Any]], I
     error_name = f"Error, {ERROR_GAIN} times" if shown.unedited is None else f"Change, {ERROR_GAIN} times"
     groups = [
         {"title": "Image", "captions": [*PICTURES, error_name]},
-        {"title": "Spectrum", "captions": ["its spectrum, log scale", "", "", ""]},
+        {"title": "Spectrum", "captions": ["Spectrum, log scale", "", "", ""]},
         {
             "title": "Token",
             "of_token": True,
-            "captions": [
-                f"Change by token, {gain:.2g} times",
-                "in open bands",
-                "in its own band",
-                "spectrum of the change",
-            ],
+            "captions": [f"all, {gain:.2g} times", "in open bands", "in its new band", "spectrum"],
         },
     ]
 
@@ -131,61 +98,39 @@ def quality(model: Model, shown: Reconstruction, codecs: dict[str, list[float | 
     image, frames = shown.image, shown.frames
     targets = nested_targets(image[None], model.cutoffs)[0]
 
-    def chart(title: str, measure: Any, unit: str, digits: int) -> dict[str, Any]:
-        series = {
-            "to the image": measure(frames, image.expand_as(frames)),
-            "to the low-pass": measure(frames, targets),
-            "low-pass to image": measure(targets, image.expand_as(targets)),
+    def chart(title: str, measure: Any, best: float, **axis: Any) -> dict[str, Any]:
+        measured = {
+            "reconstruction to image": measure(frames, image),
+            "reconstruction to low-pass": measure(frames, targets),
+            "low-pass to image": measure(targets, image),
         }
-        rows = [{"name": name, "values": [round(v, 4) for v in values.tolist()]} for name, values in series.items()]
-        return {"title": title, "unit": unit, "digits": digits, "series": rows}
+        series = [
+            {"name": name, "values": [round(v, 4) if v < best else None for v in values.tolist()]}
+            for name, values in measured.items()
+        ]
+        return _with_range({"title": title, "missing": "exact", "series": series, **axis})
 
-    charts = [chart("PSNR", psnr, "dB", 1)]
+    charts = [chart("PSNR", psnr, 99.9, unit="dB", digits=1)]
     if model.image_size >= SSIM_WINDOW:
-        charts.append(chart("SSIM", ssim, "", 3))
-    # A low-pass of everything is the image itself: its 100 dB would flatten the rest of the chart.
-    finite = [v for row in charts[0]["series"] for v in row["values"] if v < 99]
-    charts[0] |= {"low": min(finite, default=0.0), "high": max(finite, default=100.0)}
+        charts.append(chart("SSIM", ssim, 1 - 1e-6, unit="", digits=3))
     if codecs:
-        rows = [charts[0]["series"][0], *({"name": name, "values": values} for name, values in codecs.items())]
-        known = [v for row in rows for v in row["values"] if v is not None]
-        charts.insert(1, {
-            "title": "PSNR at the same number of bits", "unit": "dB", "digits": 1, "series": rows,
-            "low": min(known), "high": max(known),
-        })  # fmt: skip
+        series = [charts[0]["series"][0], *({"name": name, "values": row} for name, row in codecs.items())]
+        title = "PSNR of others at the same number of bits"
+        charts.append(
+            _with_range({"title": title, "missing": "cannot go this low", "unit": "dB", "digits": 1, "series": series})
+        )
     return charts
+
+
+def _with_range(chart: dict[str, Any]) -> dict[str, Any]:
+    known = [v for series in chart["series"] for v in series["values"] if v is not None]
+    return chart | {"low": min(known, default=0.0), "high": max(known, default=1.0)}
 
 
 def codec_psnr(model: Model, image: Tensor) -> dict[str, list[float | None]]:
     """PSNR of plain codecs at the bits of each prefix length; None where a codec cannot go this low."""
     coded = baselines(image, prefix_bits(model.num_tokens, model.codebook_size))
     return {name: [None if x is None else float(psnr(x, image)) for x in row] for name, row in coded.items()}
-
-
-def crop_figure(photo: Image.Image, model: Model) -> str:
-    """What is taken of a photo, as HTML: the photo small, with everything outside the crop dimmed."""
-    width, height = photo.info.get("full_size", photo.size)
-    upright = ImageOps.exif_transpose(photo)
-    if (upright.width > upright.height) != (width > height) and upright.width != upright.height:
-        width, height = height, width
-    small = upright.convert("RGBA") if "A" in upright.getbands() or "transparency" in upright.info else upright
-    small = ImageOps.contain(small.convert("RGBA") if small.mode == "P" else small, (320, 320))
-    if small.mode == "RGBA":
-        small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
-    small = small.convert("RGB")
-    side = min(small.size)
-    left, top = (small.width - side) // 2, (small.height - side) // 2
-    dimmed = Image.blend(small, Image.new("RGB", small.size, "white"), 0.7)
-    dimmed.paste(small.crop((left, top, left + side, top + side)), (left, top))
-    ImageDraw.Draw(dimmed).rectangle((left, top, left + side - 1, top + side - 1), outline="#6366f1", width=2)
-    buffer = io.BytesIO()
-    dimmed.save(buffer, "JPEG", quality=85)
-    url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    side, kind = min(width, height), "grey" if model.channels == 1 else "colour"
-    text = (
-        f"The middle {side} × {side} of {width} × {height} pixels, as {model.image_size} × {model.image_size} {kind}."
-    )
-    return f'<figure class="crop"><img src="{url}" alt="{html.escape(text)}"><figcaption>{text}</figcaption></figure>'
 
 
 # -------------------------------------------------------------------------------------------------- the tab
@@ -211,7 +156,7 @@ def values(model: Model, shown: Reconstruction) -> Iterator[dict[str, Any]]:
         yield value | {"charts": quality(model, shown, codec_psnr(model, shown.image))}
 
 
-def build(model: Model) -> list[Link]:
+def build(model: Model) -> Linked:
     """Lays out the tab; returns what of it stands in the page's address."""
     state = gr.State(None)
     paths = {path.stem: path for path in sorted(EXAMPLES.glob("*")) if path.suffix in (".png", ".jpg", ".webp")}
@@ -252,7 +197,7 @@ def build(model: Model) -> list[Link]:
             return
         with one_sentence():
             shown = Reconstruction(model, to_model_input(image, model.image_size, model.channels)[0])
-        figure = crop_figure(image, model)
+        figure = crop_figure(image, model.image_size, model.channels)
         for value in values(model, shown):
             yield [value, shown, figure]
 
@@ -297,7 +242,7 @@ def build(model: Model) -> list[Link]:
         example.change(lambda name: str(paths[name]) if name in paths else gr.skip(), example, photo, **hidden)
         gr.on([photo.upload, photo.clear], lambda: "", None, example, **hidden)
     _add_endpoints(model)
-    return [Link("image", example)]
+    return Linked([Link("image", example)], [])
 
 
 def _add_endpoints(model: Model) -> None:

@@ -33,6 +33,7 @@ async function decode(url, index, id) {
   bitmaps[index] = bitmap;
   if (following || index + 1 === k) show(following ? newest() : k);
   else paintTrack();
+  if (value.play && newest() === value.cutoffs.length && !matchMedia('(prefers-reduced-motion: reduce)').matches) play();
 }
 
 function newest() {
@@ -72,6 +73,10 @@ function begin(before) {
   if (shape(before) !== shape(value)) buildTiles();
   slider.max = value.cutoffs.length;
   find('.chips').replaceChildren();
+  // On a phone the pictures may be below the button that asked for them.
+  if (value.busy && stage.getBoundingClientRect().top > window.innerHeight - 160) {
+    element.scrollIntoView({ block: 'start', behavior: 'smooth' });
+  }
 }
 
 // ---------------------------------------------------------------------------------------------- pictures
@@ -80,6 +85,7 @@ function buildTiles() {
   tiles = [];
   stage.replaceChildren();
   tokenStage.replaceChildren();
+  find('.which').textContent = '';
   value.groups.forEach((group, g) => {
     const row = make('div', 'row');
     row.setAttribute('role', 'group');
@@ -107,34 +113,37 @@ function fit() {
   if (!tiles.length) return;
   const gap = 8, width = element.clientWidth, scale = window.devicePixelRatio || 1;
   const rows = value.groups.filter((group) => !group.of_token);
-  const maxHeight = Math.max(260, Math.min(520, window.innerHeight * 0.55));
-  const caption = value.selectable ? 0 : 18;
+  const height = Math.max(260, Math.min(520, window.innerHeight * 0.55));
   const count = Math.max(...rows.map((group) => group.captions.length));
-  let best = 0, columns = 1;
-  for (let n = 1; n <= count; n++) {
-    const full = count % n === 0; // all lines full: preferred
-    if (rows.length > 1 && !full) continue; // rows of comparisons are not torn apart
-    const lines = rows.length * Math.ceil(count / n);
-    const byWidth = (width - gap * (n - 1)) / n;
-    let side = Math.min(byWidth, (maxHeight - gap * (lines - 1)) / lines - caption);
-    // Comparisons may be scrolled on a narrow screen (the controls stay in view); a sheet should be seen whole.
-    if (rows.length > 1) side = Math.max(side, Math.min(140, byWidth));
-    if (side * (full ? 1 : 0.75) > best) { best = side * (full ? 1 : 0.75); columns = n; }
+  const byWidth = (n) => (width - gap * (n - 1)) / n;
+  const byHeight = (lines) => (height - gap * (lines - 1)) / lines - (value.selectable ? 0 : 18);
+  let side = 0, columns = 1;
+  if (rows.length > 1) {
+    // Comparisons: pictures of a row side by side, or in halves on a narrow screen, where the page scrolls under the
+    // controls.
+    columns = byWidth(count) >= 110 ? count : Math.ceil(count / 2);
+    side = columns === count ? Math.min(byWidth(count), Math.max(140, byHeight(rows.length))) : byWidth(columns);
+  } else {
+    // A sheet: seen whole, all lines full if that does not cost too much.
+    let best = 0;
+    for (let n = 1; n <= count; n++) {
+      const fits = Math.min(byWidth(n), byHeight(Math.ceil(count / n))), worth = fits * (count % n ? 0.75 : 1);
+      if (worth > best) [best, side, columns] = [worth, fits, n];
+    }
   }
-  const lines = rows.length * Math.ceil(count / columns);
-  let side = Math.min((width - gap * (columns - 1)) / columns, (maxHeight - gap * (lines - 1)) / lines - caption);
-  if (rows.length > 1) side = Math.max(side, Math.min(140, (width - gap * (columns - 1)) / columns));
   const whole = (Math.floor((side * scale) / value.image_size) * value.image_size) / scale;
   side = whole > side * 0.75 ? whole : Math.floor(side);
   stage.style.setProperty('--tile', side + 'px');
   stage.style.setProperty('--columns', columns);
-  tokenStage.style.setProperty('--tile', Math.min(side, 128, Math.floor((width - 3 * gap) / 4)) + 'px');
-  tokenStage.style.setProperty('--columns', 4);
+  tokenStage.style.setProperty('--tile', Math.min(side, 128, Math.floor(byWidth(4))) + 'px');
 }
 
 function paint() {
-  const at = bitmaps[k - 1];
-  const token = bitmaps[(hovered || k) - 1] || at;
+  const at = bitmaps[k - 1], which = bitmaps[(hovered || k) - 1] ? hovered || k : k;
+  const token = bitmaps[which - 1];
+  if (tiles.some((tile) => tile.ofToken) && value.codes[which - 1]) {
+    find('.which').textContent = 'Token ' + which + ', code ' + value.codes[which - 1][0] + ', changes the picture by this much:';
+  }
   tiles.forEach((tile, i) => {
     const strip = tile.ofToken ? token : at;
     if (!strip) return;
@@ -144,7 +153,7 @@ function paint() {
     context.clearRect(0, 0, side, side);
     context.drawImage(strip, i * side, 0, side, side, 0, 0, side, side);
     const what = tile.caption || 'image ' + (i + 1);
-    tile.canvas.setAttribute('aria-label', what + ', ' + (tile.ofToken ? 'token ' + (hovered || k) : 'first ' + k + ' tokens'));
+    tile.canvas.setAttribute('aria-label', what + ', ' + (tile.ofToken ? 'token ' + which : 'first ' + k + ' tokens'));
   });
 }
 
@@ -324,7 +333,7 @@ function markCharts() {
     line.setAttribute('x2', x(k - 1));
     for (const { node, series } of values) {
       const v = series.values[k - 1];
-      node.textContent = v === undefined ? '' : v === null ? 'cannot go this low' : v.toFixed(chart.digits) + (chart.unit ? ' ' + chart.unit : '');
+      node.textContent = v === undefined ? '' : v === null ? chart.missing : v.toFixed(chart.digits) + (chart.unit ? ' ' + chart.unit : '');
     }
   }
 }

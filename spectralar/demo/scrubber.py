@@ -96,8 +96,9 @@ def scrubber_value(
 
     Returns:
         A dict to send. Its lists grow by one entry a prefix length: "frames" (data URLs from `StripEncoder`) and
-        "codes" (one list of codes, an entry a selectable image). "charts" holds {"title", "unit", "series": [{"name",
-        "values"}]}; "status" is one line of text, "busy" whether more frames will come.
+        "codes" (one list of codes, an entry a selectable image). "charts" holds {"title", "unit", "digits", "low",
+        "high", "missing", "series": [{"name", "values"}]}, where "missing" is said of a value None; "status" is one
+        line of text, "busy" whether more frames will come, "play" whether to play once when all are there.
     """
     num_tokens = len(cutoffs) if num_tokens is None else num_tokens
     bits = math.log2(codebook_size)
@@ -115,6 +116,7 @@ def scrubber_value(
         "charts": [],
         "status": "",
         "busy": False,
+        "play": False,
     }
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 import PIL.Image
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .errors import user_error
 
@@ -71,3 +72,30 @@ class PhotoInput(gr.Image):
             except ValueError:  # not base64
                 raise user_error("The image's data URL cannot be read; please send the image as a file.") from None
         return open_photo(payload.path or "")
+
+
+def crop_figure(photo: Image.Image, image_size: int, channels: int) -> str:
+    """What a model takes of a photo, as HTML: the photo small, with everything outside the crop faded."""
+    width, height = photo.info.get("full_size", photo.size)
+    if photo.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # a quarter turn
+        width, height = height, width
+    small = _preview(ImageOps.exif_transpose(photo))
+    side = min(small.size)
+    box = (left := (small.width - side) // 2, top := (small.height - side) // 2, left + side, top + side)
+    faded = Image.blend(small, Image.new("RGB", small.size, "white"), 0.7)
+    faded.paste(small.crop(box), box)
+    buffer = io.BytesIO()
+    faded.save(buffer, "JPEG", quality=85)
+    url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    side, kind = min(width, height), "grey" if channels == 1 else "colour"
+    text = f"The middle {side} × {side} of {width} × {height} pixels, seen as {image_size} × {image_size} in {kind}."
+    return f'<figure class="crop"><img src="{url}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+
+
+def _preview(image: Image.Image) -> Image.Image:
+    """Any image in RGB on white, at most 320 pixels a side."""
+    if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits
+        pixels = np.asarray(image, dtype=np.float32)
+        image = Image.fromarray((255 * pixels / max(float(pixels.max()), 1e-6)).clip(0, 255).astype(np.uint8))
+    image = ImageOps.contain(image.convert("RGBA"), (320, 320))
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

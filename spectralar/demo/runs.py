@@ -1,0 +1,149 @@
+"""One click on a sampling button: what it asks for, and what has come of it so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .errors import one_sentence
+from .model import MAX_SEED, Frame, Model
+from .scrubber import StripEncoder, scrubber_value
+
+MAX_IMAGES = 16
+# Between two messages to the browser: at least this long, and long enough for the browser to take in what it has.
+SECONDS_A_MESSAGE = 0.05
+BYTES_A_SECOND = 20e6
+
+
+@dataclass
+class Settings:
+    """What determines a picture, together with the model."""
+
+    class_label: str
+    count: int = 4
+    seed: int = 0
+    guidance_scale: float = 2.0
+    guidance_schedule: str = "constant"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    num_tokens: int | None = None
+    prefix_codes: list[int] = field(default_factory=list)
+
+    @classmethod
+    def checked(cls, model: Model, class_label: Any, count: Any, seed: Any, *rest: Any) -> Settings:
+        """Settings from the page or a client, where the pipeline does not check them itself.
+
+        Raises:
+            ValueError: one sentence about the first setting that is wrong.
+        """
+        *sampling, num_tokens, prefix = rest
+        if class_label is None or not str(class_label).strip():
+            raise ValueError("choose a class first.")
+        count = _whole(count, "the number of images", 1, MAX_IMAGES)
+        seed = _whole(seed, "the seed", 0, MAX_SEED)
+        num_tokens = model.num_tokens if num_tokens is None else num_tokens
+        num_tokens = _whole(num_tokens, "the number of tokens", 1, model.num_tokens)
+        if isinstance(prefix, str):
+            prefix = parse_codes(prefix)
+        prefix = [_whole(code, "each fixed token", 0, model.codebook_size - 1) for code in prefix or []]
+        if len(prefix) >= num_tokens:
+            raise ValueError(f"{len(prefix)} tokens are fixed and {num_tokens} wanted, so nothing is left to sample.")
+        guidance_scale, schedule, temperature, top_k, top_p = sampling
+        for name, number in (("guidance", guidance_scale), ("temperature", temperature), ("top-p", top_p)):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise ValueError(f"{name} must be a number.")
+        top_k = _whole(top_k, "top-k", 0, model.codebook_size)
+        return cls(
+            str(class_label), count, seed, guidance_scale, schedule, temperature, top_k, top_p, num_tokens, prefix
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of `SpectralARPipeline.stream` besides class, count and seed."""
+        names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p", "num_tokens")
+        return {name: getattr(self, name) for name in names} | {
+            "prefix_codes": [self.prefix_codes] if self.prefix_codes else None
+        }
+
+
+def _whole(value: Any, what: str, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or int(value) != value:
+        raise ValueError(f"{what} must be a whole number between {low} and {high}.")
+    if not low <= value <= high:
+        raise ValueError(f"{what} must be between {low} and {high}, got {int(value)}.")
+    return int(value)
+
+
+def parse_codes(text: str) -> list[int]:
+    """Codes written with spaces, commas or dots between them."""
+    words = text.replace(",", " ").replace(".", " ").split()
+    if not all(word.isdecimal() for word in words):
+        raise ValueError("fixed tokens are codes, whole numbers with spaces between them.")
+    return [int(word) for word in words]
+
+
+class Run:
+    """One click: its settings, and what has been sampled so far. Kept in the visitor's session for the buttons."""
+
+    def __init__(self, model: Model, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.frames: list[np.ndarray] = []  # (B, H, H[, 3]) uint8, one a prefix length
+        self.codes: list[list[int]] = []  # B lists
+        count, total = settings.count, settings.num_tokens
+        name = f"{settings.class_label.split(',')[0].lower().replace(' ', '-')}-seed{settings.seed}"
+        self.encoder = StripEncoder(total)
+        self.value = scrubber_value(
+            [{"title": settings.class_label, "captions": [""] * count}],
+            model.cutoffs, model.image_size, model.codebook_size, num_tokens=total, selectable=True, name=name,
+        )  # fmt: skip
+        self.value |= {"busy": True, "status": "Waiting for its turn"}
+        self.sent_bytes = 0
+
+    def add(self, frame: Frame) -> None:
+        self.frames.append(frame.images)
+        self.codes = frame.codes
+        strip = self.encoder.encode(frame.images)
+        self.sent_bytes += len(strip)
+        self.value["frames"].append(strip)
+        self.value["codes"].append([codes[-1] for codes in frame.codes])
+        left = self.settings.num_tokens - frame.k
+        if frame.sampled:
+            rate = frame.sampled / max(frame.seconds, 1e-6)
+            self.value["status"] = (
+                f"{rate:.3g} tokens/s · {left / rate:.1f} s left"
+                if left
+                else f"{frame.seconds:.1f} s · {rate:.3g} tokens/s"
+            )
+
+    def finish(self, stopped: bool = False) -> None:
+        self.value["busy"] = False
+        if stopped:
+            self.value["status"] = f"Stopped after {len(self.frames)} of {self.settings.num_tokens} tokens"
+
+    def snapshot(self) -> dict[str, Any]:
+        """The value as it is now: Gradio keeps what it sent to find the difference, so lists must be copies."""
+        return {key: list(item) if isinstance(item, list) else item for key, item in self.value.items()}
+
+
+def stream(model: Model, settings: Settings) -> Iterator[Run]:
+    """The run, each time there is something to send: at once, at the first token, then as often as is useful."""
+    run = Run(model, settings)
+    with one_sentence():
+        class_id = model.label(settings.class_label)
+        frames = model.frames(class_id, settings.count, settings.seed, **settings.arguments())
+        yield run
+        sent = 0.0
+        with closing(frames):
+            for frame in frames:
+                run.add(frame)
+                interval = max(SECONDS_A_MESSAGE, run.sent_bytes / BYTES_A_SECOND)
+                if frame.sampled == 1 or (frame.sampled and time.perf_counter() - sent >= interval):
+                    yield run
+                    sent = time.perf_counter()
+        run.finish()
+        yield run
