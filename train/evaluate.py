@@ -61,6 +61,7 @@ class Evaluation:
     images: Tensor  # (n, C, H, H) uint8, held out
     labels: Tensor  # (n,)
     prefix_images: int  # how many of the images, and of the samples, are measured at several prefix lengths
+    manifold_images: int  # how many of a set precision, recall, density and coverage are measured on
     seed: int
     folder: Path
 
@@ -84,7 +85,8 @@ def reconstruct(run: Evaluation, codes: Tensor, real: Judged) -> dict[str, float
         values.append(torch.stack([psnr(decoded, x), ssim(decoded, x)]).cpu())
         parts.append(run.judge(decoded))
     mean = torch.cat(values, dim=1).double().mean(dim=1)
-    return {"psnr": float(mean[0]), "ssim": float(mean[1]), **compare(real, join(parts), run.labels)}
+    judged = compare(real, join(parts), run.labels, run.manifold_images)
+    return {"psnr": float(mean[0]), "ssim": float(mean[1]), **judged}
 
 
 @torch.no_grad()
@@ -172,7 +174,7 @@ def measure_samples(
     views = {k: join(parts) for k, parts in prefixes.items()}
     return {
         "guidance_scale": guidance_scale,
-        **compare(real, views[shown[-1]], labels),
+        **compare(real, views[shown[-1]], labels, run.manifold_images),
         "prefixes": [
             {
                 "length": k,
@@ -240,7 +242,7 @@ def evaluate(args: argparse.Namespace, run: Evaluation, train: ImageSet, results
                 "images": len(real), "accuracy": real.accuracy(run.labels),
                 "inception_score": inception_score(real.probabilities),
             },
-            "train": compare(real, seen, train.labels[some]),
+            "train": compare(real, seen, train.labels[some], run.manifold_images),
         }  # fmt: skip
     results["samples"] = []
     for scale in args.guidance_scales:
@@ -359,10 +361,12 @@ def main(argv: list[str] | None = None) -> None:
         heldout = random_images(read_split(config, "eval"), args.images, args.seed)
         check_fit(pipe, card, heldout)
         train = random_images(read_split(config, "train"), args.images, args.seed)
-        prefix_images = min(args.prefix_images, len(heldout))
         run = Evaluation(
-            pipe, Judge(classifier, device), heldout.images, heldout.labels, prefix_images, args.seed, args.output
-        )
+            pipe, Judge(classifier, device), heldout.images, heldout.labels,
+            prefix_images=min(args.prefix_images, len(heldout)),
+            manifold_images=min(args.samples, len(heldout), len(train)),
+            seed=args.seed, folder=args.output,
+        )  # fmt: skip
         results = {
             "model": {
                 "name": config.name,

@@ -58,24 +58,24 @@ def round_to_8_bits(images: Tensor) -> Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
-def compare(real: Judged, fake: Judged, labels: Tensor) -> dict[str, float]:
+def compare(real: Judged, fake: Judged, labels: Tensor, manifold_images: int) -> dict[str, float]:
     """All measures of a set of images against real ones.
 
     Args:
         real: held-out images in random order.
         fake: the images to measure, of classes `labels` (m,), in an order in which the first ones are no other than
             the rest.
+        manifold_images: of each set, for precision, recall, density and coverage: they grow or fall with it.
 
     Returns:
         "images", their number; "fd", over all of both sets; "inception_score" and "accuracy", over all of `fake`;
-        "precision", "recall", "density" and "coverage", over the first of each set, equally many: "manifold_images".
+        "precision", "recall", "density" and "coverage", over the first `manifold_images` of each set.
     """
-    equal = min(len(real), len(fake))
     return {
         "images": len(fake),
         "fd": frechet_distance(real.features, fake.features),
         "inception_score": inception_score(fake.probabilities),
         "accuracy": fake.accuracy(labels),
-        "manifold_images": equal,
-        **manifold_metrics(real.first(equal).features, fake.first(equal).features),
+        "manifold_images": manifold_images,
+        **manifold_metrics(real.first(manifold_images).features, fake.first(manifold_images).features),
     }

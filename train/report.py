@@ -50,7 +50,7 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
 
 
 def _how(r: dict[str, Any]) -> str:
-    data, judge, first = r["data"], r["classifier"], r["samples"][0]
+    data, judge, full = r["data"], r["classifier"], r["reconstruction"]
     # Of a folder only the name: where it lies says nothing to others.
     source = Path(data["source"]).name if Path(data["source"]).exists() else data["source"]
     versions = ", ".join(f"{name} {number}" for name, number in r["versions"].items())
@@ -61,9 +61,9 @@ def _how(r: dict[str, Any]) -> str:
         "density and coverage are taken in a classifier that was trained apart, on the training images alone "
         f"(accuracy {judge['accuracy']:.2%} on held-out images, weights' SHA-256 `{judge['sha256']}`): they compare "
         "with each other, not with numbers from Inception. All images are rounded to 8 bits before it sees them. FD "
-        f"is between all {r['reconstruction']['images']} held-out images and the set in question; precision and "
-        f"recall (k = 3), density and coverage (k = 5) are for samples on {first['manifold_images']} images of each "
-        "set. PSNR and SSIM are per image on [0, 1], then averaged. Sampling: temperature 1, no top-k, no top-p; "
+        f"is between all {full['images']} held-out images and the set in question; precision and recall (k = 3), "
+        f"density and coverage (k = 5) are on {full['manifold_images']} images of each set. PSNR and SSIM are per "
+        "image on [0, 1], then averaged. Sampling: temperature 1, no top-k, no top-p; "
         f"image i has class i mod {len(judge['class_names'])} and generator seed {r['seed']} + i."
     )
 
@@ -204,9 +204,9 @@ def _draw_codebook(book: dict[str, Any], path: Path) -> None:
     axis.bar(range(1, len(values) + 1), values, width=0.8, label="at one position")
     axis.axhline(book["perplexity"], color="C1", label="all positions")
     axis.axhline(book["codebook_size"], color="0.4", linestyle="--", label="codebook size")
-    axis.set(xlabel="position", ylabel="codebook perplexity", yscale="log")
-    axis.legend(fontsize=7)
-    _save(figure, path, f"{book['images']} held-out images")
+    axis.set(xlabel="position", ylabel=f"codebook perplexity, {book['images']} images", yscale="log")
+    figure.legend(loc="outside upper center", ncols=3, fontsize=7)
+    _save(figure, path)
 
 
 def _draw_loss(loss: dict[str, Any], path: Path) -> None:
@@ -215,7 +215,7 @@ def _draw_loss(loss: dict[str, Any], path: Path) -> None:
         values = loss[f"{name}_by_position"]
         axis.plot(range(1, len(values) + 1), values, marker="o", label=f"{text}, mean {loss[name]:.3f}")
     axis.set(xlabel="position", ylabel="next-token loss (nats)")
-    axis.legend()
+    figure.legend(loc="outside upper center", ncols=2, fontsize=7)
     _save(figure, path)
 
 

@@ -22,7 +22,7 @@ from train.judges import Judge, compare
 from train.metrics import frechet_distance
 
 CLASSES = ["bag", "boot", "shirt", "sneaker"]
-SAMPLES, SCALES = 22, [1.0, 2.5]
+SAMPLES, MANY, SCALES = 22, 40, [1.0, 2.5]
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,8 @@ def evaluated(files, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def all_prefixes(files, tmp_path_factory):
-    """Results with prefixes of all images: their order, which is the evaluation's own, matters no more."""
-    return evaluate(files, tmp_path_factory.mktemp("all"), "--prefix-images", 1000)
+    """Results with prefixes and neighbours of all images: their order, the evaluation's own, matters no more."""
+    return evaluate(files, tmp_path_factory.mktemp("all"), "--prefix-images", 1000, "--samples", MANY)
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +93,15 @@ def truth(files):
 # ------------------------------------------------------------------------------------------- numbers
 
 
-def test_reconstruction_is_that_of_all_held_out_images(evaluated, truth):
-    result, (pipe, judge, splits) = evaluated[1]["reconstruction"], truth
+def test_reconstruction_is_that_of_all_held_out_images(all_prefixes, truth):
+    result, (pipe, judge, splits) = all_prefixes["reconstruction"], truth
     x = to_float(splits["eval"].images)
     with torch.no_grad():
         decoded = pipe.tokenizer.decode(pipe.tokenizer.encode(x))
     assert result["images"] == len(x) == 32
     assert result["psnr"] == pytest.approx(float(psnr(decoded, x).mean()), rel=1e-5)
     assert result["ssim"] == pytest.approx(float(ssim(decoded, x).mean()), abs=1e-5)
-    expected = compare(judge(x), judge(decoded), splits["eval"].labels)
+    expected = compare(judge(x), judge(decoded), splits["eval"].labels, 32)
     assert result == pytest.approx({**expected, "psnr": result["psnr"], "ssim": result["ssim"]}, rel=1e-4)
 
 
@@ -126,13 +126,13 @@ def test_every_prefix_length_is_measured_against_the_image_and_its_low_pass(eval
 def test_judged_prefixes_are_compared_with_low_passes_of_the_same_cutoff(all_prefixes, truth):
     pipe, judge, splits = truth
     x, labels = to_float(splits["eval"].images), splits["eval"].labels
-    generators = [torch.Generator().manual_seed(i) for i in range(SAMPLES)]
-    classes = torch.arange(SAMPLES) % 4
+    generators = [torch.Generator().manual_seed(i) for i in range(MANY)]
+    classes = torch.arange(MANY) % 4
     codes = pipe(classes, guidance_scale=2.5, generator=generators, output_type="latent").codes
     for column, k in enumerate((1, 2, 4, 8, 12)):
         target = judge(nested_targets(x, pipe.tokenizer.cutoffs)[:, k - 1])
         rebuilt = judge(pipe.tokenizer.decode(pipe.tokenizer.encode(x), k).detach())
-        generated = judge(pipe.tokenizer.decode(codes, k).detach())
+        generated = judge(pipe.tokenizer.decode(codes[:32], k).detach())  # as many as there are images
         assert all_prefixes["prefixes"]["judged"][column] == pytest.approx(
             {
                 "length": k, "accuracy_low_pass": target.accuracy(labels), "accuracy": rebuilt.accuracy(labels),
@@ -141,8 +141,8 @@ def test_judged_prefixes_are_compared_with_low_passes_of_the_same_cutoff(all_pre
             rel=1e-3, abs=1e-6,
         )  # fmt: skip
         measured = all_prefixes["samples"][1]["prefixes"][column]
-        assert measured["images"] == SAMPLES
-        assert measured["accuracy"] == generated.accuracy(classes)
+        assert measured["images"] == 32
+        assert measured["accuracy"] == generated.accuracy(classes[:32])
         assert measured["fd"] == pytest.approx(frechet_distance(target.features, generated.features), rel=1e-3)
 
 
@@ -166,25 +166,27 @@ def test_next_token_loss_and_codebook_are_by_position_and_split(evaluated, truth
     assert book["usage"] == pytest.approx(len(codes["eval"].unique()) / 32)
 
 
-def test_samples_are_measured_in_full_at_every_guidance_scale(evaluated, truth):
-    output, results = evaluated
+def test_samples_are_measured_in_full_at_every_guidance_scale(evaluated, all_prefixes, truth):
     pipe, judge, splits = truth
-    classes = torch.arange(SAMPLES) % 4
-    assert [m["guidance_scale"] for m in results["samples"]] == SCALES
-    for m in results["samples"]:
-        generators = [torch.Generator().manual_seed(i) for i in range(SAMPLES)]
+    classes = torch.arange(MANY) % 4
+    assert [m["guidance_scale"] for m in all_prefixes["samples"]] == SCALES
+    for m in all_prefixes["samples"]:
+        generators = [torch.Generator().manual_seed(i) for i in range(MANY)]
         out = pipe(classes, guidance_scale=m["guidance_scale"], generator=generators, output_type="pt")
-        fake = judge(out.images * 2 - 1)
-        expected = compare(judge(to_float(splits["eval"].images)), fake, classes)
-        # Neighbours are those of the first held-out images in an order of the evaluation's own.
-        own = {"precision", "recall", "density", "coverage"}
-        shared = {key: value for key, value in expected.items() if key not in own}
-        assert {key: m[key] for key in shared} == pytest.approx(shared, rel=1e-3)
-        assert m["manifold_images"] == SAMPLES
-        pixels = np.load(output / f"samples-{m['guidance_scale']:g}.npz")["arr_0"]
+        expected = compare(judge(to_float(splits["eval"].images)), judge(out.images * 2 - 1), classes, 32)
+        assert {key: m[key] for key in expected} == pytest.approx(expected, rel=1e-3)
+        pixels = np.load(evaluated[0] / f"samples-{m['guidance_scale']:g}.npz")["arr_0"]
         assert pixels.shape == (SAMPLES, 16, 16, 3) and pixels.dtype == np.uint8
-        assert np.abs(pixels[..., 0] / 255 - out.images[:, 0].numpy()).max() < 0.51 / 255
-    assert results["best_guidance_scale"] == min(results["samples"], key=lambda m: m["fd"])["guidance_scale"]
+        assert np.abs(pixels[..., 0] / 255 - out.images[:SAMPLES, 0].numpy()).max() < 0.51 / 255
+    best = min(all_prefixes["samples"], key=lambda m: m["fd"])
+    assert all_prefixes["best_guidance_scale"] == best["guidance_scale"]
+
+
+def test_all_sets_of_a_report_have_their_neighbours_among_equally_many(evaluated):
+    results = evaluated[1]
+    sets = [results["reconstruction"], results["references"]["train"], *results["samples"]]
+    assert [m["manifold_images"] for m in sets] == [SAMPLES] * 4
+    assert [m["images"] for m in sets] == [32, SAMPLES, SAMPLES, SAMPLES]
 
 
 def test_the_judge_sees_8_bits(truth):
