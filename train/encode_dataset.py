@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from .codes import fingerprint, shard_identity, write_shard
 from .command_line import clear_errors, parse_arguments, read_split
 from .config import Config
 from .data import augment, to_float
+from .engine import make_accelerator
 
 BATCH = 256
 
@@ -85,7 +85,7 @@ def encode_split(
 
 def main(argv: list[str] | None = None) -> None:
     args, config = parse_arguments(__doc__.split("\n\n")[0], argv)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     with clear_errors():
         tokenizer = load_tokenizer(args.output / "tokenizer").to(accelerator.device)
         if args.dry_run:

@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -70,6 +71,11 @@ def make_ema(parameters: list[nn.Parameter], decay: float) -> EMAModel:
 # ------------------------------------------------------------------------------------------------ a run
 
 
+def make_accelerator(**options: Any) -> Accelerator:
+    """An accelerator of what there is. Not told that there are only CPUs, it would overlook torchrun's processes."""
+    return Accelerator(cpu=not torch.accelerator.is_available(), **options)
+
+
 class StepClock:
     """Wall time of steps and, apart, of their data; without what is no training (measuring, sampling, saving).
 
@@ -117,7 +123,7 @@ class Run:
         self.config, self.stage, self.args = config, stage, args
         self.folder = args.output / f"train_{stage_name}"
         self.dry = args.dry_run
-        self.accelerator = Accelerator(
+        self.accelerator = make_accelerator(
             mixed_precision=stage.mixed_precision,
             log_with=None if self.dry else "tensorboard",
             project_dir=str(self.folder),
@@ -307,6 +313,8 @@ class Run:
         self._identity |= facts
         if self.dry:
             return 0
+        if self.is_main:
+            self._lock_folder()
         done = self.checkpoints.load(self._identity, self.print)
         if self.is_main:
             save_config(self.config, self.folder / "config.yaml")
@@ -316,6 +324,17 @@ class Run:
         self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": hidden})
         self.print(f"Checkpoints, metrics, samples and TensorBoard logs are in {self.folder}.")
         return done
+
+    def _lock_folder(self) -> None:
+        """Keeps a second run out, which would spoil the checkpoints. The lock goes with the process, killed or not."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / "lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            self.exit(f"Another run works in {self.folder}: wait for its end, stop it, or take another --output.")
+        except NotImplementedError:  # a file system without locks
+            pass
 
     def _cut_metrics(self, done: int) -> None:
         """Removes from metrics.jsonl what was logged after the checkpoint, and a line cut off by a kill."""

@@ -11,6 +11,8 @@ the tests' own process would not do: autograd refuses to run in a fork of a proc
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import json
 import os
@@ -21,7 +23,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from pathlib import Path
+from typing import NoReturn
+
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 60  # seconds a run may take
@@ -96,8 +102,11 @@ def free_port() -> int:
 def serve() -> None:
     """The server: a request a line on stdin, an answer a line on stdout."""
     for module in ("train.train_tokenizer", "train.train_transformer", "train.encode_dataset",
-                   "torch.utils.tensorboard"):  # fmt: skip
+                   "torch.utils.tensorboard", "multiprocessing.dummy", "omegaconf._impl"):  # fmt: skip
         importlib.import_module(module)
+    Image.init()
+    gc.collect()
+    gc.freeze()  # or each child's garbage collector copies all of this
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         if "wait" in request:
@@ -106,13 +115,12 @@ def serve() -> None:
             pid = os.fork()
             if pid == 0:
                 run_script(**request)
-                return
             answer = {"pid": pid}
         print(json.dumps(answer), flush=True)
 
 
-def run_script(script: str, argv: list[str], env: dict[str, str], log: str, file_limit: int) -> None:
-    """In the forked process: becomes `python -m train.SCRIPT ARGV`."""
+def run_script(script: str, argv: list[str], env: dict[str, str], log: str, file_limit: int) -> NoReturn:
+    """In the forked process: does as `python -m train.SCRIPT ARGV`, up to its end."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -121,7 +129,19 @@ def run_script(script: str, argv: list[str], env: dict[str, str], log: str, file
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     os.environ.update(env)
     sys.argv = [script, *argv]
-    importlib.import_module(f"train.{script}").main()
+    code = 0
+    try:
+        importlib.import_module(f"train.{script}").main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)  # taking the interpreter down would cost more than the run
 
 
 if __name__ == "__main__":

@@ -1,0 +1,233 @@
+"""The parts of training that need no run: schedule, optimiser, losses, prefix lengths, clock, command line."""
+
+import itertools
+from dataclasses import fields, is_dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.fft
+import scipy.stats
+import torch
+
+from spectralar.spectral import cutoff_schedule
+from tests.helpers import tiny_tokenizer, tiny_transformer
+from train import checkpoints, engine
+from train.checkpoints import publish, read_manifest
+from train.command_line import parse_arguments
+from train.config import Config, StageConfig, TokenizerStage
+from train.engine import Run, StepClock, evenly, learning_rate, make_optimizer
+from train.train_tokenizer import nested_loss, sample_lengths
+
+# ------------------------------------------------------------------------------------------------ optimisation
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine():
+    stage = StageConfig(lr=2.0, min_lr_ratio=0.1, warmup_steps=10, steps=111)
+    rates = [learning_rate(step, stage) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
+    assert rates[10] == pytest.approx(2.0)
+    assert rates[60] == pytest.approx((2.0 + 0.2) / 2)  # half way: the mean of first and last
+    assert rates[35] == pytest.approx(0.2 + 1.8 * (1 + np.sqrt(0.5)) / 2)
+    assert rates[110] == pytest.approx(0.2)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+
+
+@pytest.mark.parametrize("warmup, steps", [(0, 1), (0, 5), (5, 5), (10, 5)])
+def test_learning_rate_of_short_runs(warmup, steps):
+    stage = StageConfig(lr=1.0, min_lr_ratio=0.0, warmup_steps=warmup, steps=steps)
+    rates = [learning_rate(step, stage) for step in range(steps)]
+    assert all(0 <= rate <= 1 for rate in rates)
+    assert max(rates) == pytest.approx(1.0 if warmup <= steps else steps / warmup)
+
+
+@pytest.mark.parametrize("model", [tiny_tokenizer(), tiny_transformer()], ids=["tokenizer", "transformer"])
+def test_only_weights_of_projections_decay(model):
+    optimizer = make_optimizer(model, StageConfig(weight_decay=0.3, beta1=0.8, beta2=0.7))
+    decayed, kept = optimizer.param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+    assert decayed["betas"] == (0.8, 0.7)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    projections = {
+        f"{name}.weight" for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and not name.endswith("embed")
+    }
+    assert {names[parameter] for parameter in decayed["params"]} == projections
+    assert {names[p] for p in decayed["params"] + kept["params"]} == set(names.values())
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+def test_prefix_lengths_are_half_uniform_and_half_powers_of_two():
+    n, count = 12, 40_000
+    lengths = sample_lengths(count // 2, 2, n, torch.Generator().manual_seed(0))
+    assert lengths.shape == (count // 2, 3)
+    assert (lengths[:, 0] == n).all()
+    expected = np.full(n, 0.5 / n)
+    expected[[0, 1, 3, 7]] += 0.5 / 4  # 1, 2, 4, 8
+    counts = torch.bincount(lengths[:, 1:].flatten(), minlength=n + 1)[1:]
+    assert scipy.stats.chisquare(counts.numpy(), expected * count).pvalue > 1e-3
+    assert sample_lengths(3, 0, n, torch.Generator()).tolist() == [[n]] * 3
+
+
+def test_the_full_length_is_among_the_powers_where_it_is_one():
+    lengths = sample_lengths(20_000, 1, 8, torch.Generator().manual_seed(0))[:, 1]
+    assert (lengths == 8).double().mean() == pytest.approx(0.5 / 8 + 0.5 / 4, abs=0.02)
+
+
+def test_nested_loss_is_the_weighted_error_against_low_passes():
+    size, n = 16, 8
+    cutoffs = torch.tensor((1, *cutoff_schedule(size, n, 1.5)))
+    images, frames = torch.randn(3, 2, size, size), torch.randn(3, 3, 2, size, size)
+    lengths = torch.tensor([[n, 1, 4], [n, 8, 2], [n, 6, 6]])
+    losses = nested_loss(frames, images, lengths, cutoffs)
+    full, prefix = [], []
+    for i in range(3):
+        for s in range(3):
+            r = int(cutoffs[lengths[i, s]])
+            spectrum = scipy.fft.dctn(images[i].double().numpy(), axes=(1, 2), norm="ortho")
+            spectrum[:, r:] = spectrum[:, :, r:] = 0
+            target = scipy.fft.idctn(spectrum, axes=(1, 2), norm="ortho")
+            error = np.square(frames[i, s].double().numpy() - target).mean()
+            full.append(error) if s == 0 else prefix.append(0.5 * min(8, size / r) * error)
+    assert float(losses["full"]) == pytest.approx(np.mean(full), rel=1e-5)
+    assert float(losses["prefix"]) == pytest.approx(np.sum(prefix) / 3, rel=1e-5)  # a sum over prefixes, not a mean
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+@pytest.mark.parametrize("processes, accumulation", [(1, 1), (2, 1), (1, 4), (2, 3)])
+def test_slices_of_a_step_make_up_its_batch_and_an_epoch_takes_each_image_once(processes, accumulation):
+    n, batch = 50, 12
+    stage = StageConfig(batch_size=batch, grad_accumulation=accumulation)
+    seen = []
+    for step in range(n // batch):
+        slices = {}
+        for rank in range(processes):
+            micro_batch = batch // (processes * accumulation)
+            process = SimpleNamespace(process_index=rank)
+            run = SimpleNamespace(stage=stage, micro_batch=micro_batch, accelerator=process)
+            for chosen, slot, slots in Run.micro_batches(run, n, step):
+                slices[slot] = chosen
+                assert slots == processes * accumulation
+        assert sorted(slices) == list(range(processes * accumulation))
+        whole = torch.cat([slices[slot] for slot in sorted(slices)])
+        assert torch.equal(whole, engine.step_indices(n, batch, stage.seed, step))
+        seen += whole.tolist()
+    assert len(seen) == len(set(seen)) == 48
+
+
+def test_clock_leaves_out_pauses_and_tells_data_apart(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: now[0])
+    clock = StepClock()
+    for _ in range(2):
+        with clock.data():
+            now[0] += 1
+        now[0] += 3
+    with clock.pause():
+        now[0] += 100
+    assert clock.read() == (8.0, 0.25)
+    now[0] += 2
+    assert clock.read() == (2.0, 0.0)
+
+
+def test_evenly_takes_from_everywhere():
+    assert evenly(10, 4).tolist() == [0, 2, 5, 7]
+    assert evenly(3, 8).tolist() == [0, 1, 2]
+    assert len(set(evenly(10_000, 1024).tolist())) == 1024
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["fashion-mnist-32", "train_tokenizer.lrr=1"], "did you mean train_tokenizer.lr?"),
+        (["fashion-mnist-32", "train_tokenizer.lr=fast"], "train_tokenizer.lr, which takes float"),
+        (["fashion-mnist-32", "train_tokenizer.steps=0"], "train_tokenizer.steps must be above 0, not 0."),
+        (["no-such-preset"], "There is no preset 'no-such-preset'"),
+        (["fashion-mnist-32", "--max-minutes", "nan"], "invalid number of minutes value: 'nan'"),
+        (["fashion-mnist-32", "--output", __file__], "is a file: give a folder."),
+    ],
+)
+def test_a_wrong_command_line_is_answered_in_a_sentence(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments("", arguments)
+    assert stopped.value.code == 2
+    usage, error = capsys.readouterr().err.split("error: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_overrides_and_options_mix(tmp_path):
+    arguments = ["fashion-mnist-32", "train_tokenizer.lr=0.5", "--output", str(tmp_path), "data.limit=3"]
+    args, config = parse_arguments("", arguments)
+    assert (config.train_tokenizer.lr, config.data.limit, args.output) == (0.5, 3, tmp_path)
+
+
+def test_help_explains_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments("What it is for.", ["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "What it is for." in text
+    sections = [item for item in fields(Config) if is_dataclass(item.type)]
+    for section in sections:
+        for item in fields(section.type):
+            (line,) = [line for line in text.splitlines() if line.startswith(f"  {section.name}.{item.name}=")]
+            assert len(line.split("  ", 2)[2]) > 3, f"{section.name}.{item.name} has no comment in config.py"
+    assert f"train_tokenizer.revive_until={TokenizerStage.revive_until}  fraction of the steps" in text
+    assert "train_tokenizer.lr=0.001  peak learning rate" in text  # inherited
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def write_files(folder, text):
+    folder.mkdir()
+    (folder / "a").write_text(text)
+
+
+def test_publish_replaces_a_folder_whole(tmp_path):
+    for name in ("model.partial", "model.old"):  # of a run that was killed while it published
+        write_files(tmp_path / name, "leftover")
+    for text in ("first", "second"):
+        publish(tmp_path / "model", lambda folder, text=text: write_files(folder, text))
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        assert (tmp_path / "model" / "a").read_text() == text
+
+
+def test_publish_keeps_what_was_there_if_the_new_cannot_be_written(tmp_path):
+    def fail(folder):
+        write_files(folder, "half")
+        raise OSError(28, "No space left on device")
+
+    publish(tmp_path / "model", lambda folder: write_files(folder, "whole"))
+    with pytest.raises(OSError):
+        publish(tmp_path / "model", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "a").read_text() == "whole"
+
+
+def test_a_manifest_tells_whether_all_files_are_whole(tmp_path):
+    (tmp_path / "a").write_text("12345")
+    manifest = {"step": 3, "sizes": {"a": 5}}
+    path = tmp_path / "manifest.json"
+    path.write_text(checkpoints.json.dumps(manifest))
+    assert read_manifest(tmp_path) == manifest
+    whole = path.read_text()
+    for spoil in (
+        lambda: (tmp_path / "a").write_text("1234"),
+        lambda: (tmp_path / "a").unlink(),
+        lambda: path.write_text(whole[:-3]),
+        lambda: path.write_text("{}"),
+        lambda: path.unlink(),
+    ):
+        spoil()
+        assert read_manifest(tmp_path) is None
+        (tmp_path / "a").write_text("12345")
+        path.write_text(whole)
