@@ -1,7 +1,6 @@
 """Measures a finished pipeline: reconstruction, codebook, next-token loss, samples, and all of it over prefixes.
 
-    python -m train.evaluate runs/fashion-mnist-32/pipeline --config fashion-mnist-32 \\
-        --classifier runs/fashion-mnist-32/classifier --output runs/fashion-mnist-32/evaluation
+    python -m train.evaluate runs/fashion-mnist-32/pipeline --config fashion-mnist-32
 
 Writes results.json, results.md (tables for a model card) and figures/ to the output folder, where the codes of the
 samples are kept too: the same command goes on where it was interrupted, and a larger --samples only adds to them.
@@ -45,6 +44,7 @@ from .data import ImageSet, to_float
 from .encode_dataset import encode_images
 from .judges import Judge, Judged, compare, join
 from .metrics import frechet_distance, inception_score
+from .pictures import draw_reconstructions, draw_samples
 from .sample_bank import sample_bank
 from .train_transformer import evaluate as next_token_losses
 
@@ -192,32 +192,6 @@ def write_npz(path: Path, images: Tensor) -> None:
     np.savez(path, arr_0=images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
 
 
-# ------------------------------------------------------------------------------------------- pictures
-
-
-@torch.no_grad()
-def draw_pictures(run: Evaluation, codes: Tensor, best: float, scales: list[float]) -> None:
-    """Sheets of samples, prefix strips and reconstructions: always the first ones of their class, none chosen."""
-    tokenizer, names, shown = run.pipe.tokenizer, run.pipe.class_names, run.shown_lengths
-    classes = [round(i * len(names) / min(10, len(names))) for i in range(min(10, len(names)))]  # spread evenly
-    rows = [names[c] for c in classes]
-    figures = run.folder / "figures"
-    wanted = 10 * len(names)
-    for scale in scales:
-        generated, _ = sample_bank(run.pipe, run.folder / "samples", wanted, scale, run.seed)
-        sheet = generated.view(10, len(names), -1)[:, classes].transpose(0, 1)  # (rows, 10, N)
-        images = tokenizer.decode(sheet.flatten(0, 1).to(tokenizer.device)).float().cpu().unflatten(0, sheet.shape[:2])
-        report.draw_grid(images, rows, [""] * 10, figures / f"samples-{scale:g}.png")
-        if scale == best:
-            frames = tokenizer.decode(sheet[:, 0].to(tokenizer.device), shown).float().cpu()
-            report.draw_grid(frames, rows, [f"k = {k}" for k in shown], figures / "sample-prefixes.png")
-    firsts = [int((run.labels == c).nonzero()[0]) for c in classes if (run.labels == c).any()]
-    frames = tokenizer.decode(codes[firsts].long().to(tokenizer.device), shown).float().cpu()
-    images = torch.cat([frames, to_float(run.images[firsts]).unsqueeze(1)], dim=1)
-    columns = [*(f"k = {k}" for k in shown), "image"]
-    report.draw_grid(images, [names[int(run.labels[i])] for i in firsts], columns, figures / "reconstructions.png")
-
-
 # ------------------------------------------------------------------------------------------- all of it
 
 
@@ -251,7 +225,8 @@ def evaluate(args: argparse.Namespace, run: Evaluation, train: ImageSet, results
     best = min(results["samples"], key=lambda s: s["fd"])["guidance_scale"]
     results["best_guidance_scale"] = best
     with timed(results, "figures"):
-        draw_pictures(run, codes, best, args.guidance_scales)
+        draw_samples(run.pipe, run.folder, run.seed, args.guidance_scales, best, run.shown_lengths)
+        draw_reconstructions(run.pipe, run.folder, run.images, run.labels, codes, run.shown_lengths)
         report.draw_figures(results, run.folder / "figures")
 
 
@@ -303,24 +278,25 @@ def check_fit(pipe: SpectralARPipeline, card: dict[str, Any], data: ImageSet) ->
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("model", type=Path, help="folder of a finished pipeline")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. data.root=FOLDER")
-    parser.add_argument("--config", required=True, help="preset or .yaml file; says which data to measure on")
-    parser.add_argument("--classifier", type=Path, required=True, help="folder that train.train_classifier wrote")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--samples", type=_count, default=5000, help="images to generate at each guidance scale")
-    parser.add_argument("--images", type=_count, default=10000, help="held-out, and training, images to measure")
-    parser.add_argument(
-        "--prefix-images", type=_count, default=2000, help="images, and samples, measured at several prefix lengths"
-    )
-    parser.add_argument("--guidance-scales", type=_scale, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="one or more")
-    parser.add_argument("--seed", type=int, default=0, help="of samples and of the choice of images")
-    parser.add_argument("--npz", action="store_true", help="also write the samples as the ADM evaluator reads them")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("model", type=Path, help="folder of a finished pipeline")
+    add("overrides", nargs="*", metavar="key=value", help="settings, e.g. data.root=FOLDER")
+    add("--config", required=True, metavar="PRESET", help="name or .yaml file; says which data to measure on")
+    add("--classifier", type=Path, metavar="FOLDER", help="of the judge (default: classifier, beside the model)")
+    add("--output", type=Path, metavar="FOLDER", help="of the results (default: evaluation, beside the model)")
+    add("--samples", type=_count, default=5000, metavar="N", help="at each guidance scale (default: 5000)")
+    add("--images", type=_count, default=10000, metavar="N", help="held out, and of training (default: 10000)")
+    add("--prefix-images", type=_count, default=2000, metavar="N",
+        help="images, and samples, to measure at several prefix lengths (default: 2000)")  # fmt: skip
+    add("--guidance-scales", type=_scale, nargs="+", default=[1.0, 1.5, 2.0, 3.0], metavar="W",
+        help="one or more (default: 1 1.5 2 3)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of samples and of the choice of images (default: 0)")
+    add("--npz", action="store_true", help="also write the samples as the ADM evaluator reads them")
+    add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of the CPU (default: all)")
     args = parser.parse_intermixed_args(argv)
+    args.classifier = args.classifier or args.model.parent / "classifier"
+    args.output = args.output or args.model.parent / "evaluation"
     if args.threads < 1:
         parser.error(f"--threads must be at least 1, not {args.threads}.")
     if not (args.model / "model_index.json").is_file():

@@ -55,7 +55,7 @@ def files(tmp_path_factory):
 
 def evaluate(files, output, *options) -> dict:
     arguments = [
-        files / "pipeline", "--config", files / "tiny.yaml", "--classifier", files / "classifier", "--output", output,
+        files / "pipeline", "--config", files / "tiny.yaml", "--output", output,  # the judge lies beside the pipeline
         "--samples", SAMPLES, "--images", 1000, "--prefix-images", 10, "--threads", 1, *options,
         *([] if "--guidance-scales" in options else ["--guidance-scales", *SCALES]),
     ]  # fmt: skip
