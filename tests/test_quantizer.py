@@ -168,6 +168,21 @@ def test_nested_entries_are_revived_where_they_can_be_used():
     assert torch.equal(quantizer.codebook[16:], before[16:])
 
 
+@pytest.mark.parametrize("entries", [8, 12, 40])  # fewer than the latents, as many, more
+def test_a_filled_codebook_is_made_of_latents(entries):
+    quantizer = VectorQuantizer(entries, 6)
+    revival = CodebookRevival(quantizer)
+    latents = 5 * torch.randn(3, 4, 6)
+    revival.update(torch.zeros(3, 4).long(), latents, 0)
+    revival.fill(latents, 1)
+    assert not revival.idle_steps.any()
+    torch.testing.assert_close(quantizer.codebook.norm(dim=-1), torch.ones(entries))
+    cosine, which = (quantizer.codebook @ F.normalize(latents.flatten(0, 1), dim=-1).T).max(dim=-1)
+    assert (cosine > 0.995).all()
+    assert which.bincount(minlength=12).max() <= -(-entries // 12)  # none taken again before all were taken
+    assert torch.pdist(quantizer.codebook).min() > 1e-4
+
+
 def test_counters_survive_a_checkpoint():
     revivals = [CodebookRevival(VectorQuantizer(4, 2)) for _ in range(2)]
     revivals[0].update(torch.tensor([[0, 3]]), torch.randn(1, 2, 2), 0)
@@ -253,13 +268,14 @@ def test_no_collapse_on_clusters(revive):
 
 
 def revive_for_a_while(sizes: list[int] | None, rank: int, world: int) -> dict[str, torch.Tensor]:
-    """Ten steps on this process's slice of 8 images; the codebook, the counters and the numbers revived."""
+    """Fills and revives with this process's slice of 8 images; the codebook, the counters, the numbers revived."""
     torch.manual_seed(0)
     quantizer = VectorQuantizer(64, 4, sizes)
     revival = CodebookRevival(quantizer, patience=2, seed=3)
     part = slice(rank * 8 // world, (rank + 1) * 8 // world)
     revived = []
-    for step in range(10):
+    revival.fill(torch.randn(8, 6, 4)[part], 0)
+    for step in range(1, 10):
         latents = torch.randn(8, 6, 4)[part]
         revived.append(revival.update(quantizer.encode(latents), latents, step))
     return {"codebook": quantizer.codebook.data, "revived": torch.tensor(revived), **revival.state_dict()}

@@ -189,6 +189,21 @@ def test_the_training_pass_is_encode_then_decode(tokenizer):
         torch.testing.assert_close(frames[:, s], tokenizer.decode(quantized.codes, lengths[:, s]), **EXACT)
 
 
+def test_without_quantization_the_decoder_sees_unit_latents(tokenizer):
+    images, lengths = images_for(tokenizer), torch.tensor([N, 3])
+    frames, quantized, latents = tokenizer(images, lengths, quantize=False)
+    assert torch.equal(quantized.codes, tokenizer.encode(images))
+    expected = tokenizer.decode_latents(latents / latents.norm(dim=-1, keepdim=True), lengths)
+    torch.testing.assert_close(frames, expected, **EXACT)
+
+
+def test_gradients_of_the_decoder():
+    tokenizer = tiny_tokenizer(num_tokens=4, image_size=8).double()
+    latents = F.normalize(torch.randn(2, 4, 8, dtype=torch.float64), dim=-1).requires_grad_()
+    lengths = torch.tensor([[4, 2], [1, 3]])
+    assert torch.autograd.gradcheck(lambda x: tokenizer.decode_latents(x, lengths), latents, fast_mode=True)
+
+
 def test_autocast_trains():
     tokenizer = tiny_tokenizer()
     with torch.autocast("cpu", dtype=torch.bfloat16):
