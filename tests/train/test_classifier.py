@@ -1,5 +1,6 @@
 """The judge: its shapes, its files, and how it is trained, interrupted and resumed."""
 
+import gc
 import json
 import signal
 
@@ -15,22 +16,13 @@ from train.config import load_config
 from train.data import load_images, to_float
 from train.train_classifier import main
 
-# 16x16 waves across or down; the evaluation split has other ones.
+# 16x16 waves across or down; the evaluation split has other ones, 4 of 50 of which lie in the wrong folder.
 PRESET = {
     "name": "waves",
     "data": {"image_size": 16, "channels": 1, "augment": ["shift"]},
     "classifier": {"width": 8},
     "train_classifier": {"batch_size": 16, "steps": 40, "warmup_steps": 5, "checkpoint_every": 100, "eval_every": 20},
 }
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """A run takes the signals; the tests want them back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +34,8 @@ def preset(tmp_path_factory):
             for i in range(count):
                 wave = 128 + 100 * np.sin(np.arange(16) / random.uniform(1, 3) + random.uniform(0, 6))
                 pixels = np.broadcast_to(wave, (16, 16)) + random.normal(0, 10, (16, 16))
-                image = Image.fromarray((pixels.T if label else pixels).clip(0, 255).astype(np.uint8))
+                down = bool(label) != (split == "test" and i < 2)
+                image = Image.fromarray((pixels.T if down else pixels).clip(0, 255).astype(np.uint8))
                 image.save(folder / "images" / split / name / f"{i}.png")
     path = folder / "waves.yaml"
     path.write_text(yaml.safe_dump(PRESET | {"data": {**PRESET["data"], "source": str(folder / "images")}}))
@@ -50,7 +43,14 @@ def preset(tmp_path_factory):
 
 
 def run(preset, output, *options: str) -> None:
-    main([str(preset), "--output", str(output), *options])
+    """The script, and the end of what it holds on to: signal handlers, and with them its folder."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        main([str(preset), "--output", str(output), *options])
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+        gc.collect()
 
 
 # ------------------------------------------------------------------------------------------- network
@@ -115,7 +115,7 @@ def test_training_learns_and_reports_its_accuracy_on_held_out_images(preset, tmp
     right = model(to_float(heldout.images)).argmax(dim=1) == heldout.labels
     assert len(heldout) == 50
     assert card["accuracy"] == pytest.approx(float(right.float().mean()))
-    assert card["accuracy"] > 0.9
+    assert 0.85 < card["accuracy"] <= 0.92
     assert card["class_names"] == ["across", "down"]
     lines = (tmp_path / "train_classifier" / "metrics.jsonl").read_text().splitlines()
     assert [line["step"] for line in map(json.loads, lines) if "eval/accuracy" in line] == [20, 40]
@@ -135,4 +135,4 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(preset, tmp_path):
 def test_images_of_an_unfit_size_are_refused_in_words(preset, tmp_path):
     with pytest.raises(SystemExit, match="not 24"):
         run(preset, tmp_path, "data.image_size=24")
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "classifier").exists()
