@@ -104,6 +104,7 @@ def _examples(model: Model) -> gr.Dataset:
 
 def build(model: Model) -> Linked:
     """Lays out the tab; returns what of it stands in the page's address."""
+    _add_endpoint(model)  # first: Gradio numbers later functions of the same name, the page's own handlers
     with gr.Row(elem_classes="split"):
         with gr.Column(scale=3, min_width=300, elem_classes="panel"):
             with gr.Row(elem_classes="tight"):
@@ -132,7 +133,6 @@ def build(model: Model) -> Linked:
     tab = _Tab(model, list(controls.values()), view, go, stop, same, fresh, downloads, gr.State(None))
     tab.listen(examples)
     tab.listen_to_downloads(file)
-    _add_endpoint(model)
     return Linked([Link(name, component) for name, component in controls.items()], [go.click])
 
 
@@ -157,6 +157,9 @@ class _Tab:
     downloads: dict[str, gr.Button]
     run: gr.State
 
+    def __post_init__(self) -> None:
+        self.opening = cache(self._opening)
+
     def listen(self, examples: gr.Dataset) -> None:
         outputs = [self.view, self.run, self.go, self.stop, self.same, self.fresh, *self.downloads.values()]
         options = {
@@ -174,7 +177,6 @@ class _Tab:
             runs.append(trigger(change, inputs, changed, **QUIET).success(self.generate, **options))
         # The token that is being sampled is finished, no other begun; a visitor who leaves has the same effect.
         self.stop.click(self.stopped, self.run, outputs, cancels=runs, **QUIET)
-        self.opening = cache(self._opening)
         gr.on(
             None,
             self.open,

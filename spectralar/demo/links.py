@@ -30,7 +30,7 @@ def from_query(component: gr.components.Component, text: str) -> Any:
     """The value that `text` means for a component, or None if it is none: an address is typed by anybody."""
     if len(text) > MAX_LENGTH:
         return None
-    if isinstance(component, gr.Dropdown):
+    if isinstance(component, gr.Dropdown | gr.Radio):
         return next((value for _, value in component.choices if str(value) == text), None)
     if isinstance(component, gr.Slider | gr.Number):
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import one_sentence
+from .errors import one_sentence, whole_number
 from .model import MAX_SEED, Frame, Model
 from .scrubber import StripEncoder, scrubber_value
 
@@ -45,20 +45,20 @@ class Settings:
         *sampling, num_tokens, prefix = rest
         if class_label is None or not str(class_label).strip():
             raise ValueError("choose a class first.")
-        count = _whole(count, "the number of images", 1, MAX_IMAGES)
-        seed = _whole(seed, "the seed", 0, MAX_SEED)
+        count = whole_number(count, "the number of images", 1, MAX_IMAGES)
+        seed = whole_number(seed, "the seed", 0, MAX_SEED)
         num_tokens = model.num_tokens if num_tokens is None else num_tokens
-        num_tokens = _whole(num_tokens, "the number of tokens", 1, model.num_tokens)
+        num_tokens = whole_number(num_tokens, "the number of tokens", 1, model.num_tokens)
         if isinstance(prefix, str):
             prefix = parse_codes(prefix)
-        prefix = [_whole(code, "each fixed token", 0, model.codebook_size - 1) for code in prefix or []]
+        prefix = [whole_number(code, "each fixed token", 0, model.codebook_size - 1) for code in prefix or []]
         if len(prefix) >= num_tokens:
             raise ValueError(f"{len(prefix)} tokens are fixed and {num_tokens} wanted, so nothing is left to sample.")
         guidance_scale, schedule, temperature, top_k, top_p = sampling
         for name, number in (("guidance", guidance_scale), ("temperature", temperature), ("top-p", top_p)):
             if isinstance(number, bool) or not isinstance(number, int | float):
                 raise ValueError(f"{name} must be a number.")
-        top_k = _whole(top_k, "top-k", 0, model.codebook_size)
+        top_k = whole_number(top_k, "top-k", 0, model.codebook_size)
         return cls(
             str(class_label), count, seed, guidance_scale, schedule, temperature, top_k, top_p, num_tokens, prefix
         )
@@ -69,14 +69,6 @@ class Settings:
         return {name: getattr(self, name) for name in names} | {
             "prefix_codes": [self.prefix_codes] if self.prefix_codes else None
         }
-
-
-def _whole(value: Any, what: str, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or int(value) != value:
-        raise ValueError(f"{what} must be a whole number between {low} and {high}.")
-    if not low <= value <= high:
-        raise ValueError(f"{what} must be between {low} and {high}, got {int(value)}.")
-    return int(value)
 
 
 def parse_codes(text: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import io
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from .errors import user_error
 
 MAX_FILE_MB = 40
 MAX_MEGAPIXELS = 64  # a phone's 48 megapixels and an A4 page at 600 dpi fit
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF", "PPM")
+PIL.Image.init()
+FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP") if name in PIL.Image.OPEN]
 FORMAT_NAMES = "JPEG, PNG, WebP, AVIF, GIF, TIFF or BMP"
 
 # Pillow itself refuses above twice this: the second line of defence, for every way an image may come in.
@@ -38,19 +40,26 @@ def open_photo(file: str | Path | bytes) -> Image.Image:
         raise user_error(f"The file is larger than {MAX_FILE_MB} MB; please send a smaller image.")
     try:
         image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
-        width, height = image.size
-        if width * height > MAX_MEGAPIXELS * 1_000_000:
-            raise _too_large(f"{width} x {height} pixels")
-        image.draft(None, (1024, 1024))
-        image.load()
-        image.info["full_size"] = (width, height)
     except UnidentifiedImageError:
         raise user_error(f"This file is not an image that can be read: please send {FORMAT_NAMES}.") from None
     except Image.DecompressionBombError:
         raise _too_large("far too many pixels") from None
     except (OSError, SyntaxError, ValueError, EOFError):
-        raise user_error("The image file is damaged or incomplete; please send it again or another one.") from None
+        raise _damaged() from None
+    width, height = image.size
+    if width * height > MAX_MEGAPIXELS * 1_000_000:
+        raise _too_large(f"{width} x {height} pixels")
+    try:
+        image.draft(None, (1024, 1024))
+        image.load()
+    except (OSError, SyntaxError, ValueError, EOFError):
+        raise _damaged() from None
+    image.info["full_size"] = (width, height)
     return image
+
+
+def _damaged() -> gr.Error:
+    return user_error("The image file is damaged or incomplete; please send it again or another one.")
 
 
 def _too_large(what: str) -> gr.Error:
@@ -69,7 +78,7 @@ class PhotoInput(gr.Image):
         if payload.url and payload.url.startswith("data:"):
             try:
                 return open_photo(base64.b64decode(payload.url.partition(",")[2], validate=True))
-            except ValueError:  # not base64
+            except binascii.Error:
                 raise user_error("The image's data URL cannot be read; please send the image as a file.") from None
         return open_photo(payload.path or "")
 
