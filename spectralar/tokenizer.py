@@ -194,11 +194,9 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         """
         latents = self.latents(images)
         quantized = self.quantizer(latents)
-        seen = (
-            quantized.quantized
-            if quantize
-            else F.normalize(latents.to(torch.promote_types(latents.dtype, torch.float32)), dim=-1)
-        )
+        seen = quantized.quantized
+        if not quantize:
+            seen = F.normalize(latents.to(torch.promote_types(latents.dtype, torch.float32)), dim=-1)
         return self.decode_latents(seen, lengths), quantized, latents
 
     def _embed(self, codes: Tensor, position: int = 0) -> Tensor:
