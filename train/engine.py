@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
 from PIL import Image
@@ -30,6 +30,7 @@ from .config import Config, StageConfig, config_to_dict, save_config
 from .data import step_indices
 
 STOP_EVERY = 10  # steps between the questions whether another process wants to stop: each one waits for the device
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 NEVER = torch.iinfo(torch.int64).max
 # Parameters that are looked up or added, not multiplied: no weight decay on them.
 NO_DECAY = ("position", "queries", "mask_tokens", "codebook", "embed.weight", "embedding", "table")
@@ -129,6 +130,11 @@ class Run:
             project_dir=str(self.folder),
         )
         self.is_main = self.accelerator.is_main_process
+        if self.accelerator.distributed_type in SHARDED:
+            self.exit(
+                f"{self.accelerator.distributed_type.value} is not supported, since averaging, revival and measuring "
+                "need the whole model in every process: launch with plain data parallelism."
+            )
         slices = self.accelerator.num_processes * stage.grad_accumulation
         if stage.batch_size % slices:
             self.exit(

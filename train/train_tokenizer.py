@@ -110,7 +110,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
         for part, (chosen, slot, slots) in enumerate(run.micro_batches(len(data), step)):
             with run.clock.data():
                 # Equal draws for each part, of which it takes its own slice.
-                images = run.to_device(data.images[chosen])
+                images = run.to_device(data.images.index_select(0, chosen))
                 x = to_float(augment(images, config.data.augment, run.generator(step, 1), slot, slots))
                 mine = run.to_device(lengths[slot * run.micro_batch : (slot + 1) * run.micro_batch])
             synchronise = part + 1 == stage.grad_accumulation

@@ -69,7 +69,7 @@ class CodeSource:
             if self.images is None:
                 copy = torch.randint(len(self.codes), (stage.batch_size,), generator=run.generator(step, 0))[mine]
                 return run.to_device(self.codes[copy, chosen]).long(), labels
-            images = run.to_device(self.images.images[chosen])
+            images = run.to_device(self.images.images.index_select(0, chosen))
             images = to_float(augment(images, self.config.data.augment, run.generator(step, 0), slot, slots))
         with torch.no_grad():
             return self.tokenizer.encode(images), labels

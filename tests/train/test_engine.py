@@ -134,6 +134,16 @@ def test_clock_leaves_out_pauses_and_tells_data_apart(monkeypatch):
     assert clock.read() == (2.0, 0.0)
 
 
+@pytest.mark.parametrize("kind", engine.SHARDED)
+def test_sharded_training_is_refused(kind, monkeypatch, tmp_path):
+    accelerator = SimpleNamespace(distributed_type=kind, is_main_process=True)
+    monkeypatch.setattr(engine, "make_accelerator", lambda **options: accelerator)
+    args, config = parse_arguments("", ["fashion-mnist-32", "--output", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match=rf"^{kind.value} is not supported.*: launch with plain data parallelism\.$"):
+        Run("tokenizer", config, config.train_tokenizer, args)
+    assert not list(tmp_path.iterdir())
+
+
 def test_evenly_takes_from_everywhere():
     assert evenly(10, 4).tolist() == [0, 2, 5, 7]
     assert evenly(3, 8).tolist() == [0, 1, 2]

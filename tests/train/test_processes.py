@@ -1,4 +1,4 @@
-"""Training in two processes (gloo, as torchrun starts them) is training in one with the same global batch."""
+"""Two processes (gloo, as torchrun starts them), or several rounds a step, train as one process with the same batch."""
 
 import shutil
 import signal
@@ -47,6 +47,13 @@ def test_two_processes_train_as_one(scripts, argv, reference, tmp_path, stage):
     assert_same_up_to_rounding(tmp_path, reference, stage)
     if stage == "tokenizer":
         assert sum(line.get("revived", 0) for line in metrics(tmp_path, stage)) > 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_accumulation_is_the_same_step_in_rounds(scripts, argv, reference, tmp_path, stage):
+    code, text = scripts.run(f"train_{stage}", [*argv, f"train_{stage}.grad_accumulation=4"])
+    assert code == 0, text
+    assert_same_up_to_rounding(tmp_path, reference, stage)
 
 
 @pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
