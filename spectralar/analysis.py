@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -49,16 +48,24 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
     Raises:
         ValueError: if the images are smaller than the window.
     """
-    lead, channels = images.shape[:-3], images.shape[-3]
     if min(images.shape[-2:]) < SSIM_WINDOW:
         size = f"{images.shape[-1]} x {images.shape[-2]}"
         raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, got {size}.")
     window = torch.exp(-(torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2).square() / (2 * 1.5**2))
     window = (window / window.sum()).to(images)
 
+    def sliding(size: int) -> Tensor:
+        """(size - 10, size): row i is the window at position i."""
+        matrix = images.new_zeros(size - SSIM_WINDOW + 1, size)
+        for row, values in enumerate(matrix):
+            values[row : row + SSIM_WINDOW] = window
+        return matrix
+
+    # Two products with small matrices: many times faster than convolving single channels on a CPU.
+    rows, columns = (sliding(size) for size in images.shape[-2:])
+
     def blur(x: Tensor) -> Tensor:
-        x = x.reshape(-1, 1, *x.shape[-2:])
-        return F.conv2d(F.conv2d(x, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+        return rows @ x @ columns.mT
 
     a, b = ((x.expand_as(images).clamp(-1, 1) + 1) / 2 for x in (images, reference))
     mean_a, mean_b = blur(a), blur(b)
@@ -67,7 +74,7 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
     c1, c2 = 0.01**2, 0.03**2
     values = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     values = values / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    return values.mean(dim=(1, 2, 3)).view(*lead, channels).mean(dim=-1)
+    return values.mean(dim=(-2, -1)).mean(dim=-1)
 
 
 # --------------------------------------------------------------------------------------- what a token changes
@@ -216,9 +223,7 @@ class Statistics(NamedTuple):
     next_token_entropy: Tensor  # (N,) float32, nats
 
 
-def write_statistics(
-    folder: str | os.PathLike, codes: Tensor, codebook_size: int, next_token_entropy: Tensor
-) -> Path:
+def write_statistics(folder: str | os.PathLike, codes: Tensor, codebook_size: int, next_token_entropy: Tensor) -> Path:
     """Stores the statistics of a model in its folder, in statistics.safetensors.
 
     Args:
