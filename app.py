@@ -1,4 +1,4 @@
-"""Builds and launches the demo page: python app.py [--model FOLDER_OR_HUB_ID]"""
+"""Builds and launches the demo page: python app.py [--model FOLDER_OR_HUB_ID ...]"""
 
 import argparse
 import os
@@ -19,8 +19,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The SpectralAR demo page.")
     parser.add_argument(
         "--model",
-        default=os.environ.get("SPECTRALAR_MODEL"),
-        help="folder of a saved pipeline or a Hub id (default: $SPECTRALAR_MODEL, else the first in assets/models)",
+        nargs="+",
+        default=os.environ.get("SPECTRALAR_MODEL", "").split(),
+        help="folders of saved pipelines or Hub ids, the first is shown first (default: those in $SPECTRALAR_MODEL, "
+        "with spaces between them, else all in assets/models)",
     )
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of these there is)")
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
@@ -28,18 +30,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--root-path", default=None, help="sub-path the page is served under, behind a proxy")
     parser.add_argument("--share", action="store_true", help="make a public link")
     options = parser.parse_args(arguments)
-    if options.model is None:
-        found = find_models(MODELS)
-        if not found:
-            parser.error(f"there is no model in {MODELS}: name a saved pipeline's folder or a Hub id with --model.")
-        options.model = found[0]
+    options.model = options.model or find_models(MODELS)
+    if not options.model:
+        parser.error(f"there is no model in {MODELS}: name a saved pipeline's folder or a Hub id with --model.")
     return options
 
 
 def main() -> None:
     options = parse_arguments()
-    model = Model.load(options.model, options.device)
-    build(model).launch(
+    models = [Model.load(source, options.device) for source in options.model]
+    build(*models).launch(
         server_name=options.host,
         server_port=options.port,
         root_path=options.root_path,

@@ -273,6 +273,30 @@ def radial_spectra(series: Mapping[str, ArrayLike], palette: Palette = LIGHT) ->
 # ------------------------------------------------------------------------------------------------ what tokens do
 
 
+TILE, GAP, CAPTION = 1.0, 0.1, 0.3  # of sheets of images, in tiles
+
+
+def _sheet(count: int, columns: Columns, palette: Palette, heading: float = 0.0) -> tuple[Chart, Axes, np.ndarray]:
+    """A chart with room for images of one unit a side, and the top left corners of these (count, 2)."""
+    across = min(8, count)
+    width, height = across * (TILE + GAP) - GAP, math.ceil(count / across) * (TILE + CAPTION)
+    chart = Chart(columns, palette, (5.6, heading + 0.1 + 5.5 * height / width))
+    axes = chart.add_subplot()
+    axes.set_axis_off()
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    i = np.arange(count)
+    return chart, axes, np.stack([i % across * (TILE + GAP), i // across * (TILE + CAPTION)], axis=1)
+
+
+def _tile(axes: Axes, image: np.ndarray, corner: np.ndarray, caption: str, colour: str, **options: Any) -> None:
+    x, y = corner
+    limits = axes.axis()
+    axes.imshow(image, extent=(x, x + TILE, y + TILE, y), **options)
+    axes.axis(limits)  # imshow sets its own
+    axes.text(x, y + TILE + 0.115, caption, fontsize=7, color=colour, va="center")
+
+
 def contribution_gallery(
     differences: ArrayLike, refining: ArrayLike, opening: ArrayLike, cutoffs: Sequence[int], palette: Palette = LIGHT
 ) -> Chart:
@@ -284,34 +308,34 @@ def contribution_gallery(
         cutoffs: r_1 .. r_N.
     """
     images, refining, opening = _floats(differences).mean(axis=1), _floats(refining), _floats(opening)
-    n, columns = len(images), min(8, len(images))
-    rows = math.ceil(n / columns)
+    n = len(images)
     share = opening / np.maximum(refining + opening, 1e-30)
-    table = {
+    columns = {
         "token": list(range(1, n + 1)),
         "band_from": [low for low, _ in bands(cutoffs[:n])], "band_to": list(cutoffs[:n]),
         "energy_refining": refining.tolist(), "energy_opening": opening.tolist(), "share_opening": share.tolist(),
     }  # fmt: skip
-    tile, gap, text = 1.0, 0.1, 0.3  # of a tile's side
-    across, down = columns * (tile + gap) - gap, rows * (tile + text)
-    chart = Chart(table, palette, (5.6, 0.35 + 5.5 * down / across))
-    axes = chart.add_subplot()
-    axes.set_axis_off()
-    scaled = images / np.maximum(np.abs(images).max(axis=(1, 2), keepdims=True), 1e-12)
-    bars = {0: [], 1: []}
-    for i, image in enumerate(scaled):
-        x, y = (i % columns) * (tile + gap), (i // columns) * (tile + text)
-        axes.imshow(image, cmap=palette.diverging, vmin=-1, vmax=1, extent=(x, x + tile, y + tile, y))
-        axes.text(x, y + tile + 0.115, f"{i + 1}", fontsize=7, color=palette.muted, va="center")
-        bars[1].append(Rectangle((x + 0.3, y + tile + 0.07), 0.7 * share[i], 0.09))
-        bars[0].append(Rectangle((x + 0.3 + 0.7 * share[i], y + tile + 0.07), 0.7 * (1 - share[i]), 0.09))
-    for part, patches in bars.items():
-        axes.add_collection(PatchCollection(patches, facecolor=palette.series[part], linewidth=0))
-    axes.set_xlim(0, across)
-    axes.set_ylim(down, 0)
-    handles = [Rectangle((0, 0), 1, 1, facecolor=palette.series[part]) for part in (1, 0)]
-    chart.legend(handles, ["opens its own band", "refines open bands"], loc="outside upper left", ncols=2,
-                 frameon=False, fontsize=8.5, labelcolor=palette.ink, handlelength=1)  # fmt: skip
+    chart, axes, corners = _sheet(n, columns, palette, heading=0.25)
+    images /= np.maximum(np.abs(images).max(axis=(1, 2), keepdims=True), 1e-12)
+    parts = {"opens its own band": [], "refines open bands": []}
+    for i, (x, y) in enumerate(corners):
+        _tile(axes, images[i], (x, y), f"{i + 1}", palette.muted, cmap=palette.diverging, vmin=-1, vmax=1)
+        left, bottom, width = x + 0.3, y + TILE + 0.07, 0.7
+        parts["opens its own band"].append(Rectangle((left, bottom), width * share[i], 0.09))
+        parts["refines open bands"].append(Rectangle((left + width * share[i], bottom), width * (1 - share[i]), 0.09))
+    for colour, bars in zip((palette.series[1], palette.series[0]), parts.values(), strict=True):
+        axes.add_collection(PatchCollection(bars, facecolor=colour, linewidth=0))
+    handles = [Rectangle((0, 0), 1, 1, facecolor=palette.series[i]) for i in (1, 0)]
+    chart.legend(handles, list(parts), loc="outside upper left", ncols=2, frameon=False, fontsize=8.5,
+                 labelcolor=palette.ink, handlelength=1)  # fmt: skip
+    return chart
+
+
+def image_strip(images: ArrayLike, captions: Sequence[str], columns: Columns, palette: Palette = LIGHT) -> Chart:
+    """Images (B, H, H) or (B, H, H, 3) uint8 in a row, in several where they are many; `columns` is their table."""
+    chart, axes, corners = _sheet(len(captions), columns, palette)
+    for image, corner, caption in zip(np.asarray(images), corners, captions, strict=True):
+        _tile(axes, image, corner, caption, palette.muted, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     return chart
 
 

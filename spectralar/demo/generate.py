@@ -244,7 +244,7 @@ class _Tab:
         """The opening picture, unless the visitor's link asks for another one."""
         query = request.query_params
         if "seed" in query or query.get("tab", "generate") != "generate":
-            return {}
+            return {self.view: gr.skip()}  # an empty dict would count as a value for the first output
         return self.show(self.opening())
 
 

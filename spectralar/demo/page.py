@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -9,13 +10,13 @@ from typing import Any
 
 import gradio as gr
 
-from . import generate, reconstruct
+from . import bands, card, generate, reconstruct, remix
 from .links import restore, write_script
 from .model import Model
 from .scrubber import CSS as SCRUBBER_CSS
 
 # One module a tab: TITLE, and build(model), which lays it out and returns what of it stands in the address.
-TABS: Sequence[ModuleType] = (generate, reconstruct)
+TABS: Sequence[ModuleType] = (generate, reconstruct, bands, remix, card)
 
 PAPER = "https://arxiv.org/abs/2506.10962"
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
@@ -30,40 +31,54 @@ OPENED = (
 )
 
 
-def build(model: Model) -> gr.Blocks:
-    """The whole page for a model."""
+def build(model: Model, *others: Model) -> gr.Blocks:
+    """The page of a model and, where there are others, a page for each of them behind a bar to choose from.
+
+    The endpoints of the others have the same names with _1, _2 and so on behind them.
+    """
     with gr.Blocks(title="SpectralAR", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as demo:
-        gr.HTML(
-            '<header class="masthead"><h1>SpectralAR</h1><p>Images generated from low to high frequency, one spectral '
-            f'token at a time. Unofficial implementation of <a href="{PAPER}" target="_blank" rel="noopener">arXiv '
-            f"2506.10962</a>; model {_escaped(model.name)}.</p></header>",
-            padding=False,
-        )
-        slugs = [tab.__name__.rpartition(".")[2] for tab in TABS]
-        links = []
-        with gr.Tabs(elem_id="tabs") as tabs:
-            for slug, tab in zip(slugs, TABS, strict=True):
-                with gr.Tab(tab.TITLE, id=slug, elem_id=f"tab-{slug}") as item:
-                    tab_links, events = tab.build(model)
-                links += tab_links
-                item.select(None, js=f"() => {{ ({write_script(['tab'])})('{slug}') }}")
-                components = [link.component for link in tab_links]
-                if tab_links:
-                    gr.on(
-                        [*(component.change for component in components), *events], None, components,
-                        js=write_script([link.name for link in tab_links]),
-                    )  # fmt: skip
-
-        def open_link(request: gr.Request) -> list[Any]:
-            query = dict(request.query_params)
-            slug = query.get("tab")
-            return [gr.Tabs(selected=slug) if slug in slugs else gr.skip(), *restore(links, query)]
-
-        demo.load(
-            open_link, None, [tabs, *(link.component for link in links)],
-            api_visibility="private", show_progress="hidden", queue=False,
-        ).success(None, js=OPENED)  # fmt: skip
+        if others:
+            gr.Navbar(main_page_name=model.name)
+        _lay_out(demo, model)
+    for other in others:
+        with demo.route(other.name, re.sub(r"[^a-zA-Z0-9-]+", "-", other.name)):
+            gr.Navbar(main_page_name=model.name)
+            _lay_out(demo, other)
     return demo.queue(max_size=64, api_open=False)
+
+
+def _lay_out(demo: gr.Blocks, model: Model) -> None:
+    """Everything of one model's page."""
+    gr.HTML(
+        '<header class="masthead"><h1>SpectralAR</h1><p>Images generated from low to high frequency, one spectral '
+        f'token at a time. Unofficial implementation of <a href="{PAPER}" target="_blank" rel="noopener">arXiv '
+        f"2506.10962</a>; model {_escaped(model.name)}.</p></header>",
+        padding=False,
+    )
+    slugs = [tab.__name__.rpartition(".")[2] for tab in TABS]
+    links = []
+    with gr.Tabs(elem_id="tabs") as tabs:
+        for slug, tab in zip(slugs, TABS, strict=True):
+            with gr.Tab(tab.TITLE, id=slug, elem_id=f"tab-{slug}") as item:
+                tab_links, events = tab.build(model)
+            links += tab_links
+            item.select(None, js=f"() => {{ ({write_script(['tab'])})('{slug}') }}")
+            components = [link.component for link in tab_links]
+            if tab_links:
+                gr.on(
+                    [*(component.change for component in components), *events], None, components,
+                    js=write_script([link.name for link in tab_links]),
+                )  # fmt: skip
+
+    def open_link(request: gr.Request) -> list[Any]:
+        query = dict(request.query_params)
+        slug = query.get("tab")
+        return [gr.Tabs(selected=slug) if slug in slugs else gr.skip(), *restore(links, query)]
+
+    demo.load(
+        open_link, None, [tabs, *(link.component for link in links)],
+        api_visibility="private", show_progress="hidden", queue=False,
+    ).success(None, js=OPENED)  # fmt: skip
 
 
 def _escaped(text: str) -> str:

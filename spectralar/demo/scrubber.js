@@ -33,7 +33,12 @@ async function decode(url, index, id) {
   bitmaps[index] = bitmap;
   if (following || index + 1 === k) show(following ? newest() : k);
   else paintTrack();
+  rest();
   if (value.play && newest() === value.cutoffs.length && !matchMedia('(prefers-reduced-motion: reduce)').matches) play();
+}
+
+function rest() {
+  if (value.rest && following && !value.busy && newest() === value.cutoffs.length) moveTo(value.rest);
 }
 
 function newest() {
@@ -59,6 +64,7 @@ function receive() {
   drawChips();
   drawCharts();
   refresh();
+  rest();
 }
 
 function begin(before) {

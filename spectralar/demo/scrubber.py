@@ -98,7 +98,8 @@ def scrubber_value(
         A dict to send. Its lists grow by one entry a prefix length: "frames" (data URLs from `StripEncoder`) and
         "codes" (one list of codes, an entry a selectable image). "charts" holds {"title", "unit", "digits", "low",
         "high", "missing", "series": [{"name", "values"}]}, where "missing" is said of a value None; "status" is one
-        line of text, "busy" whether more frames will come, "play" whether to play once when all are there.
+        line of text, "busy" whether more frames will come, "play" whether to play once when all are there, "rest" the
+        prefix length to show when all are there and nobody has moved the slider (0: the last).
     """
     num_tokens = len(cutoffs) if num_tokens is None else num_tokens
     bits = math.log2(codebook_size)
@@ -117,6 +118,7 @@ def scrubber_value(
         "status": "",
         "busy": False,
         "play": False,
+        "rest": 0,
     }
 
 

@@ -114,7 +114,10 @@ def test_a_text_file_with_an_images_name(client, tmp_path):
 
 def test_endpoints_are_named_typed_and_documented(client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert set(endpoints) == {"/generate", "/reconstruct", "/decode"}  # and none of the page's own handlers
+    assert set(endpoints) == {  # and none of the page's own handlers
+        "/generate", "/reconstruct", "/decode", "/bands", "/band_figure", "/influence", "/mix", "/continue_as",
+        "/model",
+    }  # fmt: skip
     parameters = {p["parameter_name"]: p for p in endpoints["/generate"]["parameters"]}
     assert parameters["seed"]["python_type"]["type"] == "int" and parameters["seed"]["parameter_default"] == 0
     assert all(endpoint["description"] for endpoint in endpoints.values())

@@ -1,0 +1,154 @@
+"""The Model tab: what is loaded and where it runs, its schedule, its codes, and what its model card says."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from typing import Any
+
+import gradio as gr
+import torch
+
+from .. import __version__, plots
+from ..analysis import code_use
+from ..plots import Chart
+from ..spectral import dct2, low_pass, square_frequency
+from .figures import figure, listen_to_saves, tables
+from .folder import model_card, model_folder, model_statistics
+from .links import Linked
+from .model import Model, to_pixels
+from .pictures import log_spectrum
+from .scrubber import StripEncoder, scrubber, scrubber_value
+
+TITLE = "Model"
+FACTS_CSS = """
+dl { display: grid; grid-template-columns: auto 1fr; gap: 6px 20px; margin: 0; font-size: 14px; line-height: 20px; }
+dt { color: var(--body-text-color-subdued); }
+dd { margin: 0; color: var(--body-text-color); }
+"""
+FIGURES = {
+    "cutoff_schedule": (
+        "Cutoff schedule",
+        "How far up the spectrum each prefix reaches, beside an even schedule. Below the line more tokens serve the "
+        "low frequencies. It says where tokens may draw, not what they do there.",
+    ),
+    "codebook_use": (
+        "Codebook use by position",
+        "Entries of the codebook that held-out images use at each position, and as how many equally frequent ones "
+        "they count (perplexity). The number seen cannot exceed the number of images.",
+    ),
+    "next_token_entropy": (
+        "Next-token entropy by position",
+        "How open the next token is to the model on held-out images, given those before it. A low value can mean a "
+        "token that is easy to foresee or a model that is too sure of itself.",
+    ),
+}
+
+
+# -------------------------------------------------------------------------------------------------- content
+
+
+def facts(model: Model) -> dict[str, str]:
+    """What is loaded, as lines of a table."""
+    tokenizer, transformer = model.pipe.tokenizer, model.pipe.transformer
+    config = tokenizer.config
+    bits = model.num_tokens * math.log2(model.codebook_size)
+    colours = "grey" if model.channels == 1 else "colour"
+    device = model.pipe.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return {
+        "Model": model.name,
+        "Runs on": f"{name}, {str(model.pipe.dtype).removeprefix('torch.')}",
+        "Images": f"{model.image_size} × {model.image_size}, {colours}",
+        "Spectral tokens": f"{model.num_tokens} of {model.codebook_size} codes, {bits:.0f} bits an image",
+        "Cutoff schedule": f"alpha = {config.alpha:g}",
+        "Tokenizer": f"{_millions(tokenizer)} parameters, patches of {config.patch_size} × {config.patch_size}",
+        "Transformer": f"{_millions(transformer)} parameters, {transformer.config.num_layers} layers, "
+        f"{transformer.config.num_classes} classes",
+        "Code": f"spectralar {__version__}, torch {torch.__version__}",
+    }
+
+
+def _millions(module: torch.nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.3g}M"
+
+
+def charts(model: Model) -> dict[str, Chart]:
+    """The figures of the model by name; without stored statistics the schedule alone."""
+    result = {"cutoff_schedule": plots.cutoff_schedule(model.cutoffs)}
+    if statistics := model_statistics(model):
+        use = code_use(statistics.code_counts)
+        result["codebook_use"] = plots.codebook_use(use.used, use.perplexity, model.codebook_size)
+        result["next_token_entropy"] = plots.next_token_entropy(statistics.next_token_entropy, model.codebook_size)
+    return result
+
+
+def mask_value(model: Model) -> dict[str, Any]:
+    """The scrubber's: which coefficients are open to each prefix, and what that leaves of an edge and of a point."""
+    size, cutoffs = model.image_size, model.cutoffs
+    frequency = square_frequency(size)
+    point = torch.full((1, size, size), -1.0)
+    point[:, size // 2, size // 2] = 1.0
+    n = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
+    disc = torch.where((n[:, None] ** 2 + n**2).sqrt() < size * 0.3, 1.0, -1.0)[None]  # (1, H, H)
+    peak = float(dct2(disc).abs().max())
+    value = scrubber_value(
+        [{"title": "Mask", "captions": ["Open coefficients", "A disc", "its spectrum, log scale", "A point"]}],
+        cutoffs, size, model.codebook_size, name="mask",
+    )  # fmt: skip
+    encoder = StripEncoder(model.num_tokens)
+    before = 0
+    for r in cutoffs:
+        mask = torch.where(frequency < before, 0.55, torch.where(frequency < r, 1.0, 0.08))
+        soft, blob = low_pass(disc, r), low_pass(point + 1, r)
+        tiles = [to_pixels(mask[None]), to_pixels((soft / 2 + 0.5).clamp(0, 1)), log_spectrum(soft, peak)]
+        value["frames"].append(encoder.encode([*tiles, to_pixels((blob / blob.max().clamp(min=1e-6)).clamp(0, 1))]))
+        before = r
+    status = "Bright: what token k opens. Grey: open before it"
+    return value | {"status": status, "rest": len(cutoffs) // 2}
+
+
+# -------------------------------------------------------------------------------------------------- the tab
+
+
+def build(model: Model) -> Linked:
+    """Lays out the tab; nothing of it stands in the page's address."""
+    drawn = charts(model)
+    card = model_card(model_folder(model))
+    with gr.Row(elem_classes="split"):
+        with gr.Column(scale=4, min_width=300, elem_classes="panel"):
+            rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts(model).items())
+            gr.HTML(f"<dl>{rows}</dl>", css_template=FACTS_CSS, elem_id="facts")
+        with gr.Column(scale=7, min_width=320):
+            view = scrubber(hint="", elem_id="mask")
+            view.value = mask_value(model)
+    figures = {}
+    with gr.Row(elem_classes="split"):
+        for name in ("cutoff_schedule", "codebook_use", "next_token_entropy"):
+            if name in drawn:
+                figures[name] = figure(*FIGURES[name], elem_id=f"figure-{name.replace('_', '-')}", chart=drawn[name])
+    if len(drawn) == 1:
+        gr.Markdown("This model comes without statistics of its codes: they are written when it is evaluated.",
+                    elem_classes="note")  # fmt: skip
+    if card is None:
+        gr.Markdown("This model comes without a model card.", elem_classes="note")
+    else:
+        gr.Markdown(card, elem_id="model-card")
+    listen_to_saves(figures, drawn, "model-file")
+
+    def describe() -> dict[str, Any]:
+        """What model the page runs, its schedule, and its codes on held-out images.
+
+        Returns:
+            {"facts": lines of text, "cutoffs": r_1 .. r_N, "classes": names in the order of the ids, "figures": the
+            numbers of each figure as columns by name}.
+        """
+        return {
+            "facts": facts(model),
+            "cutoffs": list(model.cutoffs),
+            "classes": model.class_names,
+            "figures": tables(drawn),
+        }
+
+    gr.api(describe, api_name="model", queue=False)
+    return Linked([], [])

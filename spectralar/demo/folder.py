@@ -1,0 +1,51 @@
+"""What lies in a model's folder beside its weights: statistics of its codes, and the model card."""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import Path
+
+from ..analysis import Statistics, read_statistics
+from .model import Model
+
+CARD = "README.md"
+IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
+MAX_IMAGE_BYTES = 3_000_000
+FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)[^)]*\)")
+
+
+def model_folder(model: Model) -> Path | None:
+    """Where the model was loaded from, also if it came from the Hub; None for one made in memory."""
+    folder = model.pipe.name_or_path
+    return Path(folder) if folder and Path(folder).is_dir() else None
+
+
+def model_statistics(model: Model) -> Statistics | None:
+    """What is stored about the model's codes, if it fits the model."""
+    folder = model_folder(model)
+    statistics = None if folder is None else read_statistics(folder)
+    fits = statistics is not None and statistics.code_counts.shape == (model.num_tokens, model.codebook_size)
+    return statistics if fits else None
+
+
+def model_card(folder: Path | None) -> str | None:
+    """The model card as Markdown, with the folder's own images in it as data URLs; None where there is no card.
+
+    Images from elsewhere are left out: the page asks no other host for anything.
+    """
+    if folder is None or not (folder / CARD).is_file():
+        return None
+    text = FRONT_MATTER.sub("", (folder / CARD).read_text(encoding="utf-8"))
+
+    def embedded(match: re.Match[str]) -> str:
+        alt, name = match.groups()
+        path = (folder / name).resolve()
+        inside = path.is_relative_to(folder.resolve()) and path.is_file()
+        if not inside or path.suffix.lower() not in IMAGE_TYPES or path.stat().st_size > MAX_IMAGE_BYTES:
+            return alt
+        data = base64.b64encode(path.read_bytes()).decode("ascii")
+        return f"![{alt}](data:{IMAGE_TYPES[path.suffix.lower()]};base64,{data})"
+
+    return IMAGE.sub(embedded, text).strip()

@@ -1,0 +1,272 @@
+"""The Remix tab: the first tokens of one image, the others from another image or from the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+import torch
+from PIL import Image
+
+from ..image import to_model_input
+from .errors import one_sentence, user_error, whole_number
+from .export import png_data_url
+from .figures import figure, listen_to_saves, shown
+from .generate import QUIET, SAMPLERS, new_seed
+from .links import Link, Linked, from_query
+from .mixing import VARIATIONS, Continuation, continuations, exchange, exchange_value, strip_chart
+from .model import MAX_SEED, Model, on_gpu
+from .runs import MAX_IMAGES, SECONDS_A_MESSAGE, Settings
+from .scrubber import scrubber
+from .source import Origins, Picture, Source, own_pipe, source
+from .upload import PhotoInput
+
+TITLE = "Remix"
+TAIL, MODEL = "tail", "model"
+MODES = [("the others of B", TAIL), ("new ones of the model", MODEL)]
+NUM_EXAMPLES = 3
+STRIP = (
+    "The exchange point through the whole range",
+    "The number says how many tokens are A's. Neighbours differ in a single token of A; the strip does not show how "
+    "likely the model finds any of the pictures.",
+)
+
+
+# -------------------------------------------------------------------------------------------------- layout
+
+
+def _examples(model: Model) -> list[tuple[str, list[Any]]]:
+    """Pairs to try: a text, and values of A, B, what follows, and the class. Of samples: every model has them."""
+    names, total = model.class_names, len(model.class_names)
+    pairs = []
+    for i in range(NUM_EXAMPLES):
+        a = i * total // NUM_EXAMPLES
+        b = (a + max(1, total // 2)) % total
+        mode, by = ((TAIL, ""), (MODEL, " by the model"))[i % 2]
+        pairs.append((f"{names[a]}, then {names[b]}{by}", [f"sample:{a}:{i}", f"sample:{b}:{i + 1}", mode, b]))
+    return pairs
+
+
+def build(model: Model) -> Linked:
+    """Lays out the tab; returns what of it stands in the page's address."""
+    origins = Origins(model)
+    examples = _examples(model)
+    with gr.Row(elem_classes="split"):
+        with gr.Column(scale=3, min_width=300, elem_classes="panel"):
+            with gr.Row(elem_classes="tight"):
+                go = gr.Button("Remix", variant="primary", min_width=100, scale=3, elem_id="remix")
+                stop = gr.Button("Stop", interactive=False, min_width=70, scale=1, elem_id="remix-stop")
+            thumbnails = gr.Dataset(
+                components=[gr.Textbox(visible=False)], samples=[[text] for text, _ in examples], type="index",
+                label="Try", elem_id="remix-try",
+            )  # fmt: skip
+            a = source(origins, "Image A", "remix-a", height=170)
+            mode = gr.Radio(MODES, value=TAIL, label="After the first k tokens of A come", elem_id="remix-mode")
+            with gr.Column(visible=True, elem_classes="panel") as of_b:
+                b = source(origins, "Image B", "remix-b", height=170, class_id=1)
+            with gr.Group(visible=False) as of_model:
+                label, seed, scale = _sampling_controls(model)
+        with gr.Column(scale=7, min_width=320):
+            view = scrubber(
+                hint="Choose two images, or an image and a class: the slider moves the point where one ends and the "
+                "other begins, from coarse to fine.",
+                actions=[{"name": "save", "label": "Save image {image} as shown"}],
+                elem_id="remixed",
+            )
+            strip = figure(*STRIP, elem_id="remix-strip")
+
+    mode.change(
+        lambda chosen: (gr.Column(visible=chosen == TAIL), gr.Group(visible=chosen == MODEL)), mode, [of_b, of_model],
+        **QUIET,
+    )  # fmt: skip
+    tab = _Tab(model, origins, (a, b), [mode, label, seed, scale], view, strip, go, stop, gr.State(None))
+    links = tab.links()
+    tab.listen(thumbnails, [values for _, values in examples], links)
+    listen_to_saves({"remix": strip}, tab.charts, "remix-file")
+    _add_endpoints(model)
+    return Linked(links, [go.click])
+
+
+def _sampling_controls(model: Model) -> tuple[gr.Dropdown, gr.Number, gr.Slider]:
+    names = model.class_names
+    label = gr.Dropdown(
+        list(zip(names, range(len(names)), strict=True)), value=0, label="Class", filterable=True,
+        elem_id="remix-class",
+    )  # fmt: skip
+    with gr.Row(elem_classes="seed"):
+        seed = gr.Number(
+            0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, elem_id="remix-seed"
+        )  # fmt: skip
+        dice = gr.Button("Random", size="sm", scale=0, min_width=76)
+    dice.click(new_seed, None, seed, **QUIET)
+    return label, seed, gr.Slider(0, 10, Settings.guidance_scale, step=0.1, label="Guidance")
+
+
+# -------------------------------------------------------------------------------------------------- behaviour
+
+
+@dataclass
+class _Tab:
+    """The tab's components, and what happens between them."""
+
+    model: Model
+    origins: Origins
+    sources: tuple[Source, Source]
+    controls: list[gr.components.Component]  # what follows A's tokens; class, seed and guidance of the model
+    view: gr.HTML
+    strip: gr.HTML
+    go: gr.Button
+    stop: gr.Button
+    run: gr.State  # the `Continuation` that is under way
+    charts: gr.State = field(default_factory=lambda: gr.State(None))
+
+    def __post_init__(self) -> None:
+        self.continuations = on_gpu(self._continuations)
+
+    def links(self) -> list[Link]:
+        names = ("a", "b", "then", "as", "remix_seed", "remix_guidance")
+        components = [self.sources[0].origin, self.sources[1].origin, *self.controls]
+        return [Link(name, component) for name, component in zip(names, components, strict=True)]
+
+    def listen(self, thumbnails: gr.Dataset, examples: list[list[Any]], links: list[Link]) -> None:
+        outputs = [self.view, self.strip, self.go, self.stop, self.run, self.charts]
+        options = {
+            "outputs": outputs, "concurrency_id": "sample", "concurrency_limit": SAMPLERS, "show_progress": "hidden",
+            "api_visibility": "private",
+        }  # fmt: skip
+        settings = [link.component for link in links]
+        inputs = [*(source.photo for source in self.sources), *settings]
+        runs = [
+            self.go.click(self.remix, inputs, **options),
+            thumbnails.click(lambda i: examples[i], thumbnails, settings[:4], **QUIET).success(
+                self.remix, inputs, **options
+            ),
+        ]
+        self.stop.click(self.stopped, self.run, outputs, cancels=runs, **QUIET)
+
+        def open_link(request: gr.Request) -> Iterator[dict]:
+            """What the visitor's link asks for, if it names its pictures."""
+            query = request.query_params
+            if query.get("tab") == "remix" and query.get("a") and (query.get("b") or query.get("then") == MODEL):
+                values = [from_query(component, query.get(name, "")) for name, component in links]
+                values = [link.component.value if v is None else v for link, v in zip(links, values, strict=True)]
+                yield from self.remix(None, None, *values)
+            else:
+                yield {self.view: gr.skip()}
+
+        gr.on(None, open_link, None, **options)
+
+    def remix(self, photo_a: Any, photo_b: Any, origin_a: str, origin_b: str, mode: str, *sampling: Any) -> Iterator:
+        with one_sentence():
+            a = self.origins.picture(origin_a, photo_a, "image A")
+            if mode == TAIL:
+                b = self.origins.picture(origin_b, photo_b, "image B")
+        if mode == TAIL:
+            codes, images = exchange(self.model, a, b)
+            chart = strip_chart(codes, images)
+            value = exchange_value(self.model, a, b, images)
+            yield {self.view: value, self.strip: shown(chart), self.charts: {"remix": chart}}
+        else:
+            yield from self.continue_as(a, *sampling)
+
+    def continue_as(self, a: Picture, class_id: int | None, seed: Any, guidance_scale: float) -> Iterator[dict]:
+        if class_id is None:
+            raise user_error("Choose a class first.")
+        with one_sentence():
+            seed = whole_number(seed, "the seed", 0, MAX_SEED)
+        run = Continuation(self.model)
+        yield self.show(run)
+        begin = sent = time.perf_counter()
+        with closing(self.continuations(class_id, a.codes, seed, guidance_scale)) as steps:
+            for rows in steps:
+                now = time.perf_counter()
+                if rows is not None:
+                    run.add(rows, now - begin)
+                if now - sent >= SECONDS_A_MESSAGE:  # also without news: only here can a run be stopped
+                    yield {self.view: run.snapshot()}
+                    sent = time.perf_counter()
+        run.finish()
+        yield self.show(run)
+
+    def _continuations(self, *arguments: Any) -> Iterator[list[list[int]] | None]:
+        yield from continuations(self.model, *arguments)
+
+    def show(self, run: Continuation) -> dict:
+        """Everything as it should be at the beginning or at the end of a run."""
+        busy = run.value["busy"]
+        chart = None if busy else run.chart()
+        return {
+            self.view: run.snapshot(),
+            self.strip: None if chart is None else shown(chart),
+            self.charts: None if chart is None else {"remix": chart},
+            self.run: run if busy else None,
+            self.go: gr.Button(interactive=not busy),
+            self.stop: gr.Button(interactive=busy),
+        }
+
+    def stopped(self, run: Continuation | None) -> dict:
+        if run is None:
+            return {self.go: gr.Button(interactive=True), self.stop: gr.Button(interactive=False)}
+        run.finish(stopped=True)
+        return self.show(run)
+
+
+# -------------------------------------------------------------------------------------------------- endpoints
+
+
+def _add_endpoints(model: Model) -> None:
+    n = model.num_tokens
+
+    def picture(image: Image.Image | None, name: str) -> Picture:
+        if image is None:
+            raise user_error(f"Send {name}.")
+        x = to_model_input(image, model.image_size, model.channels)
+        return Picture(x[0], model.encode(x)[0])
+
+    def mix(image_a: Image.Image | None, image_b: Image.Image | None, num_tokens: float) -> dict[str, Any]:
+        """The first tokens of image A followed by the other tokens of image B.
+
+        Returns {"image": PNG data URL, "codes": its codes}.
+        """
+        with one_sentence():
+            k = whole_number(num_tokens, "the number of tokens", 0, n)
+            codes = picture(image_a, "image A").codes[:k] + picture(image_b, "image B").codes[k:]
+        return {"image": png_data_url(model.decode([codes], [n])[0, 0]), "codes": codes}
+
+    def continue_as(
+        image: Image.Image | None, class_label: str, num_tokens: float, count: float, seed: float, guidance: float
+    ) -> dict[str, Any]:
+        """The first tokens of an image, continued by the model as a class, in several variations.
+
+        Returns {"images": PNG data URLs, "codes": one list a variation}.
+        """
+        with one_sentence():
+            k = whole_number(num_tokens, "the number of tokens", 1, n - 1)
+            count = whole_number(count, "the number of variations", 1, MAX_IMAGES)
+            generator = torch.Generator().manual_seed(whole_number(seed, "the seed", 0, MAX_SEED))
+            class_id, prefix = model.label(class_label or ""), picture(image, "an image").codes[:k]
+            codes = own_pipe(model)(
+                class_id, num_images_per_prompt=count, guidance_scale=guidance, prefix_codes=[prefix],
+                generator=generator, output_type="latent",
+            ).codes.tolist()  # fmt: skip
+        return {"images": [png_data_url(image) for image in model.decode(codes, [n])[:, 0]], "codes": codes}
+
+    half = n // 2
+    with gr.Group(visible=False):
+        a, b, output = PhotoInput(label="image_a"), PhotoInput(label="image_b"), gr.JSON(label="result")
+        tokens = gr.Number(half, label="num_tokens", info=f"how many are of the first image, 0 to {n}")
+        gr.Button(visible=False).click(
+            mix, [a, b, tokens], output, api_name="mix", concurrency_id="tokenizer", concurrency_limit=2
+        )  # fmt: skip
+        label = gr.Textbox(model.class_names[0], label="class_label", info="a class name or its id")
+        count = gr.Number(VARIATIONS, label="count", info=f"variations, 1 to {MAX_IMAGES}")
+        seed = gr.Number(0, label="seed", info="the same seed gives the same images")
+        scale = gr.Number(Settings.guidance_scale, label="guidance_scale", info="1 is off")
+        gr.Button(visible=False).click(
+            continue_as, [a, label, tokens, count, seed, scale], output, api_name="continue_as",
+            concurrency_id="sample", concurrency_limit=SAMPLERS,
+        )  # fmt: skip

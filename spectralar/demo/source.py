@@ -1,0 +1,172 @@
+"""Where a tab's picture comes from: a visitor's image, an example, or a sample of the model.
+
+A hidden text names the origin, so that it can stand in the page's address: "example:NAME", "sample:CLASS_ID:SEED",
+or nothing, for an image that the visitor has sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..image import to_model_input
+from ..pipeline import SpectralARPipeline
+from .errors import one_sentence
+from .generate import QUIET, new_seed
+from .model import MAX_SEED, Model, on_gpu, to_pixels
+from .reconstruct import EXAMPLES
+from .runs import Settings
+from .upload import PhotoInput, open_photo
+
+KEPT_SAMPLES = 64
+PREVIEW_SIDE = 256
+NUM_SAMPLE_EXAMPLES = 4
+EXAMPLE_FILES = {path.stem: path for path in sorted(EXAMPLES.glob("*")) if path.suffix in (".png", ".jpg", ".webp")}
+
+
+class Picture(NamedTuple):
+    """An image and its spectral tokens."""
+
+    image: Tensor  # (C, H, H) in [-1, 1]; that of a sample is its full reconstruction
+    codes: list[int]
+
+
+class Origins:
+    """Makes pictures of origins. Samples depend on class and seed alone, so those asked for lately are kept."""
+
+    def __init__(self, model: Model, examples: Mapping[str, Path] = EXAMPLE_FILES) -> None:
+        self.model, self.examples = model, examples
+        self._sample_codes = on_gpu(self._codes_of_class)
+        self.sample = lru_cache(KEPT_SAMPLES)(self._sample)
+
+    def picture(self, origin: str | None, photo: Image.Image | None, name: str = "an image") -> Picture:
+        """The picture of an origin or, where there is none, of a photo.
+
+        Raises:
+            ValueError: one sentence, if there is neither, or the origin is none.
+        """
+        kind, _, rest = (origin or "").partition(":")
+        if kind == "sample":
+            class_id, _, seed = rest.partition(":")
+            if not (class_id.isdecimal() and seed.isdecimal()) or int(seed) > MAX_SEED:
+                raise ValueError(f"{origin!r} is no sample: it should be sample:CLASS_ID:SEED.")
+            (class_id,) = self.model.pipe.get_label_ids(int(class_id))
+            return self.sample(class_id, int(seed))
+        if kind == "example":
+            if rest not in self.examples:
+                raise ValueError("there is no such example.")
+            photo = open_photo(self.examples[rest])
+        elif kind:
+            raise ValueError(f"{origin!r} is neither an example nor a sample.")
+        if photo is None:
+            raise ValueError(f"choose {name} first.")
+        image = to_model_input(photo, self.model.image_size, self.model.channels)
+        return Picture(image[0], self.model.encode(image)[0])
+
+    def preview(self, origin: str) -> Image.Image | str | None:
+        """What the image input shows for an origin."""
+        kind, _, name = origin.partition(":")
+        if kind == "example" and name in self.examples:
+            return str(self.examples[name])
+        image = Image.fromarray(to_pixels(self.picture(origin, None).image / 2 + 0.5))
+        factor = max(1, PREVIEW_SIDE // image.width)  # whole steps: browsers blur what they enlarge
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+    def _sample(self, class_id: int, seed: int) -> Picture:
+        codes = self._sample_codes([class_id], seed)[0]
+        image = self.model.decode_prefixes(codes)[-1].clamp(-1, 1)
+        return Picture(image, codes)
+
+    def codes(self, class_ids: Sequence[int], seed: int) -> list[list[int]]:
+        """Codes of images sampled from classes, one each."""
+        return self._sample_codes(list(class_ids), seed)
+
+    def _codes_of_class(self, class_ids: list[int], seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        pipe, scale = own_pipe(self.model), Settings.guidance_scale
+        return pipe(class_ids, guidance_scale=scale, generator=generator, output_type="latent").codes.tolist()
+
+
+def own_pipe(model: Model) -> SpectralARPipeline:
+    """A pipeline for one call, on the model's weights: pipelines keep the state of a call."""
+    pipe = SpectralARPipeline(**model.pipe.components, **model.pipe.parameters)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample_examples(model: Model) -> tuple[list[str], list[str]]:
+    """Origins of a few samples and what to call them. Every model has these, whatever examples there are."""
+    names = model.class_names
+    ids = range(0, len(names), max(1, len(names) // NUM_SAMPLE_EXAMPLES))
+    ids = list(ids)[:NUM_SAMPLE_EXAMPLES]
+    return [f"sample:{i}:0" for i in ids], [f"A sample: {names[i]}" for i in ids]
+
+
+# -------------------------------------------------------------------------------------------------- components
+
+
+@dataclass
+class Source:
+    """The components of one picture."""
+
+    photo: PhotoInput
+    origin: gr.Textbox
+    named: gr.events.Dependency  # after which the photo shows the origin
+    sent: gr.events.Dependency  # after which the photo is the visitor's own, and the origin empty
+
+    def listen(self, handler: Callable[..., Iterator[dict]], outputs: list[Any], **options: Any) -> None:
+        """Calls a generator `handler(origin, photo)` whenever there is another picture, or none."""
+
+        def unless_empty(origin: str, photo: Image.Image | None) -> Iterator[dict]:
+            if origin:
+                yield from handler(origin, photo)
+            else:  # the visitor has sent a photo, and `sent` tells of it
+                yield {outputs[0]: gr.skip()}
+
+        self.named.success(unless_empty, [self.origin, self.photo], outputs, **options)
+        self.sent.success(handler, [self.origin, self.photo], outputs, **options)
+
+
+def source(origins: Origins, label: str, elem_id: str, *, height: int = 200, class_id: int = 0) -> Source:
+    """Lays out the choice of a picture: an image input, a sample of a class, and thumbnails of the examples."""
+    names = origins.model.class_names
+    photo = PhotoInput(
+        label=label, sources=["upload", "clipboard", "webcam"], format="png", height=height, buttons=[],
+        elem_id=elem_id, placeholder="Drop an image, paste one, or click to choose",
+    )  # fmt: skip
+    origin = gr.Textbox("", label=f"{label}: origin", visible="hidden")
+    with gr.Row(elem_classes="tight"):
+        classes = gr.Dropdown(
+            list(zip(names, range(len(names)), strict=True)), value=class_id % len(names), label="or a sample of",
+            filterable=True, min_width=120, scale=3, elem_id=f"{elem_id}-class",
+        )  # fmt: skip
+        draw = gr.Button("Sample", size="sm", min_width=70, scale=1, elem_id=f"{elem_id}-sample")
+    if origins.examples:
+        thumbnails = gr.Dataset(
+            components=[gr.Image(render=False, visible=False)], samples=[[str(p)] for p in origins.examples.values()],
+            type="index", label="or an example", samples_per_page=len(origins.examples), elem_id=f"{elem_id}-examples",
+        )  # fmt: skip
+        keys = [f"example:{name}" for name in origins.examples]
+        thumbnails.click(lambda i: keys[i], thumbnails, origin, **QUIET)
+
+    def preview(name: str) -> Any:
+        if not name:
+            return gr.skip()
+        with one_sentence():
+            return origins.preview(name)
+
+    draw.click(lambda chosen: f"sample:{chosen}:{new_seed()}", classes, origin, **QUIET)
+    shown = origin.change(
+        preview, origin, photo, concurrency_id="tokenizer", api_visibility="private", show_progress="hidden"
+    )  # fmt: skip
+    # Emptied before the tab is told, so that it never takes a new photo for the picture of the origin before it.
+    sent = gr.on([photo.input, photo.clear], lambda: "", None, origin, **QUIET)
+    return Source(photo, origin, shown, sent)
