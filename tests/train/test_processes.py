@@ -1,4 +1,4 @@
-"""Two processes (gloo, as torchrun starts them), or several rounds a step, train as one process with the same batch."""
+"""Two processes (gloo, as torchrun starts them), or rounds within a step, train as one process with the same batch."""
 
 import shutil
 import signal

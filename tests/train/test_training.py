@@ -242,6 +242,8 @@ def test_a_damaged_checkpoint_is_passed_over(scripts, command, reference, tmp_pa
     leftover = folder.with_name("step-00000099.partial")
     shutil.copytree(folder, leftover)
     (folder / "optimizer.bin").write_bytes((folder / "optimizer.bin").read_bytes()[:1000])
+    with open(tmp_path / "train_tokenizer" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1')  # cut off by the kill
     before = folder.with_name(f"step-{step - 4:08d}")
     code, text = scripts.run("train_tokenizer", command("tokenizer"))
     assert code == 0, text
