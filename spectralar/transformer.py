@@ -10,7 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import AdaLNBlock, KVCache, init_weights
+from .layers import AdaLNBlock, KVCache, adaln_step, init_weights
 
 # The paper's model (310M parameters, 64 tokens, ImageNet-1K); the size is VAR-d16's (Tian et al., 2024).
 PRESETS = {
@@ -31,6 +31,16 @@ class Conditioning(NamedTuple):
     start: Tensor  # (B, D), input of the start position
     blocks: Tensor  # (B, L, 6, D), (shift, scale, gate) of attention, then of the MLP
     final: Tensor  # (B, 2, D), shift and scale before the head
+
+
+class SamplingCache(KVCache):
+    """Keys and values of the sequences that are being sampled, and the blocks' parameters for `adaln_step`."""
+
+    def __init__(self, model: SpectralARTransformer, batch: int) -> None:
+        config = model.config
+        head_dim = config.hidden_size // config.num_heads
+        super().__init__(config.num_layers, batch, config.num_heads, config.num_tokens, head_dim, like=model.position)
+        self.parameters = [block.step_parameters() for block in model.blocks]
 
 
 class SpectralARTransformer(ModelMixin, ConfigMixin):
@@ -128,19 +138,17 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
         if class_labels.shape != codes.shape[:1]:
             raise ValueError(f"class_labels must have shape ({codes.shape[0]},), got {tuple(class_labels.shape)}.")
         conditioning = self.condition(class_labels)
-        x = self._run(self._embed(codes, 0, conditioning), 0, conditioning)
+        x = self._run(self._embed(codes, 0, conditioning), conditioning)
         return self._logits(x, conditioning)
 
     # ------------------------------------------------------------------------------------------------ inference
 
-    def make_cache(self, batch: int) -> KVCache:
+    def make_cache(self, batch: int) -> SamplingCache:
         """An empty key/value cache for `batch` sequences of N tokens, in the model's dtype and on its device."""
-        heads, layers = self.config.num_heads, self.config.num_layers
-        head_dim = self.config.hidden_size // heads
-        return KVCache(layers, batch, heads, self.config.num_tokens, head_dim, like=self.position)
+        return SamplingCache(self, batch)
 
     @torch.no_grad()
-    def step(self, tokens: Tensor | None, position: int, conditioning: Conditioning, cache: KVCache) -> Tensor:
+    def step(self, tokens: Tensor | None, position: int, conditioning: Conditioning, cache: SamplingCache) -> Tensor:
         """Logits of the next token, from the new tokens only; earlier ones are in the cache.
 
         Two uses: `position` 0 with the k >= 0 tokens of a given prefix (None for k = 0), which runs the start
@@ -155,8 +163,15 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
         Returns:
             (B, K) float32: logits of the token after the last one given.
         """
-        x = self._run(self._embed(tokens, position, conditioning), position, conditioning, cache)
-        return self._logits(x[:, -1:], conditioning)[:, 0]
+        x = self._embed(tokens, position, conditioning)  # (B, T, D)
+        if x.shape[1] > 1:
+            x = self._run(x, conditioning, cache)[:, -1]
+        else:
+            x = x[:, 0]
+            modulation = conditioning.blocks.flatten(1, 2).unbind(1)  # 6 L times (B, D)
+            for layer, (parameters, slot) in enumerate(zip(cache.parameters, cache.slots(position), strict=True)):
+                x = adaln_step(x, parameters, modulation[6 * layer : 6 * layer + 6], slot)
+        return self._logits(x.unsqueeze(1), conditioning)[:, 0]
 
     # ------------------------------------------------------------------------------------------------ parts
 
@@ -168,9 +183,9 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         return self.embed_dropout(x + self.position[position : position + x.shape[1]])
 
-    def _run(self, x: Tensor, position: int, conditioning: Conditioning, cache: KVCache | None = None) -> Tensor:
+    def _run(self, x: Tensor, conditioning: Conditioning, cache: KVCache | None = None) -> Tensor:
         for layer, block in enumerate(self.blocks):
-            x = block(x, conditioning.blocks[:, layer], cache, layer, position)
+            x = block(x, conditioning.blocks[:, layer], cache, layer)
         return x
 
     def _logits(self, x: Tensor, conditioning: Conditioning) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spectralar.layers import MLP, AdaLNBlock, Attention, Block, KVCache, init_weights
+from spectralar.layers import MLP, AdaLNBlock, Attention, Block, KVCache, adaln_step, init_weights
 from tests.helpers import add_noise
 
 D, HEADS, T = 24, 3, 7
@@ -134,8 +134,20 @@ def test_token_by_token_is_the_whole_sequence(x):
     whole = block(x, modulation)
     cache = KVCache(1, 2, HEADS, T, D // HEADS, x)
     parts = [block(x[:, :3], modulation, cache)]  # a prefix at once, then one at a time
-    parts += [block(x[:, t : t + 1], modulation, cache, position=t) for t in range(3, T)]
+    for t in range(3, T):
+        parts.append(adaln_step(x[:, t], block.step_parameters(), modulation.unbind(1), cache.slots(t)[0])[:, None])
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+
+
+def test_slots_are_views_of_each_layer():
+    cache = KVCache(2, 3, HEADS, 5, 4, torch.zeros((), dtype=torch.float64))
+    for layer, slot in enumerate(cache.slots(2)):
+        slot.key.fill_(1 + layer)
+        slot.value.fill_(-1 - layer)
+        assert slot.keys.shape == slot.values.shape == (3, HEADS, 3, 4)
+    for layer in range(2):
+        assert torch.equal(cache.keys[layer].sum((0, 1, 3)), torch.tensor([0, 0, 12 * HEADS, 0, 0.0]) * (1 + layer))
+        assert torch.equal(cache.values[layer], -cache.keys[layer])
 
 
 # Initialisation -------------------------------------------------------------------------------------------

@@ -131,7 +131,9 @@ def wait_until_served(url: str, process: subprocess.Popen) -> float:
 
 
 def stop(process: subprocess.Popen) -> int:
-    """Ends the process; the most memory that it ever held, in bytes."""
+    """Ends the process; the most memory that it ever held, in bytes (0 if it had ended by itself)."""
+    if process.returncode is not None:
+        return 0
     process.send_signal(signal.SIGTERM)
     # The process's own usage, which Popen.wait would throw away.
     _, status, usage = os.wait4(process.pid, 0)
