@@ -1,14 +1,19 @@
 """What the demo's tests share: tiny models, and a page that is served."""
 
 import contextlib
+import math
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import httpx
 import pytest
 import torch
+from gradio import networking
 
 from spectralar.demo.model import Model
 from spectralar.demo.page import build, launch_options
+from spectralar.demo.runs import SECONDS_A_MESSAGE
 from tests.helpers import tiny_pipeline
 
 
@@ -30,28 +35,46 @@ def colour_model():
 
 @dataclass
 class Page:
+    """A served page, with a brake on its model: tests let tokens through instead of racing with them."""
+
     url: str
     model: Model
-    steps: int = 0  # transformer steps so far
-    delay: float = 0.0  # seconds that each of them takes at least
+    steps: int = 0  # of the transformer, so far
+    limit: float = math.inf  # the model waits before it takes more steps than this
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def allow(self, steps=math.inf):
+        """Lets so many more steps through."""
+        with self.changed:
+            self.limit = self.steps + steps
+            self.changed.notify_all()
+
+    def wait(self):
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.steps < self.limit, timeout=120)
+            self.steps += 1
+        if self.limit < math.inf:
+            time.sleep(1.5 * SECONDS_A_MESSAGE)  # slow enough for every token to have a message of its own
 
 
 @contextlib.contextmanager
 def served(model):
-    """The page of a model on a free port, with a brake on its sampling."""
+    """The page of a model on a free port."""
     page = Page("", model)
     step = model.pipe.transformer.step
 
-    def slow_step(*args, **kwargs):
-        page.steps += 1
-        time.sleep(page.delay)
+    def braked(*args, **kwargs):
+        page.wait()
         return step(*args, **kwargs)
 
-    model.pipe.transformer.step = slow_step
+    model.pipe.transformer.step = braked
     demo = build(model)
+    # Gradio gives its own server three seconds to answer, which a busy machine may exceed.
+    networking.url_ok = lambda url: httpx.head(url, timeout=60).status_code == 200
     try:
         _, page.url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
         yield page
     finally:
+        page.allow()
         demo.close()
         model.pipe.transformer.step = step

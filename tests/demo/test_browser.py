@@ -1,0 +1,362 @@
+"""The page in a real browser."""
+
+import base64
+import io
+import re
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+
+from tests.demo.conftest import served, tiny_model
+
+VIEW = "#reconstructed"
+PATIENCE = 60_000  # ms; a busy machine is slow, and waiting costs nothing where it is not
+
+
+@pytest.fixture(scope="module")
+def page():
+    # 16 x 16 in colour, 24 tokens: some of them open no band.
+    with served(tiny_model(3, 16, num_tokens=24, codebook_size=64)) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def problems():
+    """What pages report as errors, and requests to other hosts."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def open_tab(browser, page, problems):
+    contexts = []
+
+    def open_tab(query="", width=1280, height=900, **options):
+        context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True, **options)
+        tab = context.new_page()
+        tab.set_default_timeout(PATIENCE)
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        tab.on("request", lambda r: None if r.url.startswith((page.url, "data:", "blob:")) else problems.append(r.url))
+        tab.goto(page.url + query)
+        contexts.append(context)
+        return tab
+
+    yield open_tab
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(autouse=True)
+def no_problems(page, problems):
+    page.allow()
+    problems.clear()
+    yield
+    page.allow()
+    assert not problems
+
+
+@pytest.fixture(scope="module")
+def generating(open_tab):
+    """The Generate tab, opened once: loading the page is what takes long."""
+    tab = open_tab()
+    wait_for_k(tab, 24)
+    return tab
+
+
+@pytest.fixture(scope="module")
+def reconstructing(open_tab, photo):
+    """The Reconstruct tab with a photo in it."""
+    tab = open_tab("?tab=reconstruct")
+    tab.locator("#photo input[type=file]").set_input_files(photo)
+    expect(tab.locator("#reconstructed .chart")).to_have_count(3, timeout=PATIENCE)  # PSNR, SSIM, plain codecs
+    return tab
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    y, x = np.mgrid[:60, :80]
+    path = tmp_path_factory.mktemp("photos") / "photo.png"
+    Image.fromarray(np.stack([x * 3, y * 4, 255 - x * 3], -1).astype(np.uint8)).save(path)
+    return path
+
+
+# -------------------------------------------------------------------------------------------------- helpers
+
+
+def k_of(tab, view="#generated"):
+    """Prefix length shown, 0 before there is one."""
+    text = tab.locator(f"{view} [data-read=k]").inner_text()
+    return int(text.split()[0]) if text[0].isdigit() else 0
+
+
+def wait_for_k(tab, k, view="#generated"):
+    expect(tab.locator(f"{view} [data-read=k]")).to_have_text(re.compile(rf"^{k} "), timeout=PATIENCE)
+
+
+def wait_until_done(tab):
+    expect(tab.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+    expect(tab.locator("#export-png")).to_be_enabled(timeout=PATIENCE)
+
+
+def pixels(tab, index=0, view="#generated"):
+    """A picture as it stands on its canvas: (H, H, 3)."""
+    url = tab.locator(f"{view} canvas").nth(index).evaluate("node => node.toDataURL('image/png')")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
+
+
+def move_slider(tab, k, view="#generated"):
+    tab.locator(f"{view} .slider").evaluate(
+        "(node, k) => { node.value = k; node.dispatchEvent(new Event('input', { bubbles: true })); }", k
+    )
+
+
+def fill(tab, **settings):
+    for name, value in settings.items():
+        tab.locator(f"#{name} input[type=number]").fill(str(value))
+        tab.keyboard.press("Tab")
+
+
+def start(tab, page, tokens, **settings):
+    """Begins to generate, and waits until so many tokens are on the screen; the model is held there."""
+    fill(tab, **settings)
+    page.allow(tokens)
+    tab.click("#generate")
+    wait_for_k(tab, tokens)
+
+
+# -------------------------------------------------------------------------------------------------- Generate
+
+
+def test_opening_picture_is_there_without_a_click(generating, page):
+    assert page.steps == 24
+    assert generating.locator("#generated canvas").count() == 4
+
+
+def test_images_sharpen_token_by_token(generating, page):
+    start(generating, page, 1, seed=5)
+    first = pixels(generating)
+    expect(generating.locator("#generated .status")).to_contain_text("s left")
+    expect(generating.locator("#generate")).to_be_disabled()
+    page.allow(2)
+    wait_for_k(generating, 3)
+    page.allow()
+    wait_for_k(generating, 24)
+    wait_until_done(generating)
+    assert "seed=5" in generating.url
+    frames = list(page.model._frames(0, 4, 5, guidance_scale=2.0))
+    last = pixels(generating)
+    np.testing.assert_allclose(first.astype(int), frames[0].images[0].astype(int), atol=1)
+    np.testing.assert_allclose(last.astype(int), frames[23].images[0].astype(int), atol=1)
+
+
+def test_scrubbing_asks_the_server_for_nothing(generating):
+    requests = []
+
+    def count(request):
+        requests.append(request.url)
+
+    generating.on("request", count)
+    shown = {}
+    for k in (24, 12, 1, 7):
+        move_slider(generating, k)
+        assert k_of(generating) == k
+        shown[k] = pixels(generating)
+    assert not np.array_equal(shown[24], shown[1]) and not np.array_equal(shown[12], shown[7])
+    generating.locator("#generated .slider").focus()
+    generating.keyboard.press("ArrowRight")
+    assert k_of(generating) == 8
+    generating.keyboard.press("Home")
+    assert k_of(generating) == 1
+    third = generating.locator("#generated button.tile").nth(2)
+    third.click()
+    generating.keyboard.press("ArrowRight")  # the keys work on the pictures too
+    assert k_of(generating) == 2
+    expect(third).to_have_attribute("aria-pressed", "true")
+    box = third.bounding_box()
+    generating.mouse.move(box["x"] + 20, box["y"] + 20)
+    generating.mouse.down()
+    generating.mouse.move(box["x"] + 220, box["y"] + 20, steps=4)  # and so does drawing a finger over them
+    generating.mouse.up()
+    assert k_of(generating) > 2
+    generating.locator("#generated select").select_option("4")
+    generating.click("#generated .play")
+    wait_for_k(generating, 24)
+    milliseconds = generating.evaluate(
+        """() => { const s = document.querySelector('#generated .slider'), times = [];
+        for (let k = 1; k <= 24; k++) { const begin = performance.now(); s.value = k;
+          s.dispatchEvent(new Event('input')); times.push(performance.now() - begin); }
+        return times; }"""
+    )
+    assert np.median(milliseconds) < 32
+    generating.wait_for_timeout(300)
+    generating.remove_listener("request", count)
+    assert requests == []
+
+
+def test_place_is_kept_while_frames_arrive(generating, page):
+    start(generating, page, 4, seed=6)
+    height = generating.locator("#generated").bounding_box()["height"]
+    move_slider(generating, 2)
+    page.allow(3)
+    expect(generating.locator("#generated .chip")).to_have_count(7, timeout=PATIENCE)
+    assert k_of(generating) == 2
+    assert generating.locator("#generated").bounding_box()["height"] == height  # and nothing jumps
+    page.allow()
+    wait_until_done(generating)
+    assert k_of(generating) == 2
+
+
+def test_stop_keeps_what_is_there_and_stops_the_model(generating, page):
+    start(generating, page, 3, seed=7)
+    steps = page.steps
+    generating.click("#stop")
+    expect(generating.locator("#generated .status")).to_contain_text("Stopped after", timeout=PATIENCE)
+    page.allow()
+    wait_until_done(generating)
+    generating.wait_for_timeout(500)
+    assert page.steps <= steps + 1  # the token that was being sampled
+    assert k_of(generating) == 3
+    move_slider(generating, 2)
+    assert k_of(generating) == 2
+    generating.click("#same-again")
+    wait_for_k(generating, 24)
+    wait_until_done(generating)
+    assert "seed=7" in generating.url
+
+
+def test_more_like_this_keeps_the_first_tokens(generating):
+    generating.locator("#generated button.tile").nth(1).click()
+    move_slider(generating, 6)
+    kept = pixels(generating, 1)
+    more = generating.locator("#generated .actions button").first
+    expect(more).to_have_text("More like image 2 from token 6")
+    more.click()
+    expect(generating.locator("#stop")).to_be_enabled()
+    wait_until_done(generating)
+    assert "prefix=" in generating.url
+    move_slider(generating, 6)
+    for image in range(4):
+        np.testing.assert_allclose(pixels(generating, image).astype(int), kept.astype(int), atol=1)
+    move_slider(generating, 24)
+    assert not np.array_equal(pixels(generating, 0), pixels(generating, 1))
+
+
+def test_one_click_examples_and_downloads(generating):
+    generating.locator("#try button", has_text="Bag").click()
+    expect(generating.locator("#stop")).to_be_enabled()
+    wait_until_done(generating)
+    assert "class=Bag" in generating.url and "prefix=" not in generating.url
+    for name, begins in (("py", b"import torch"), ("png", b"\x89PNG"), ("gif", b"GIF89a")):
+        with generating.expect_download() as download:
+            generating.click(f"#export-{name}")
+        assert download.value.path().read_bytes().startswith(begins)
+        assert re.fullmatch(rf"bag-seed\d+\.{name}", download.value.suggested_filename)
+    move_slider(generating, 5)
+    shown = pixels(generating, 0)
+    with generating.expect_download() as download:
+        generating.locator("#generated .actions button").nth(1).click()
+    assert download.value.suggested_filename.endswith("-1-k5.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(download.value.path()).convert("RGB")), shown)
+
+
+def test_a_link_opens_the_same_pictures(generating, open_tab, page):
+    fill(generating, seed=123, count=3)
+    generating.click("#generate")
+    expect(generating.locator("#generated canvas")).to_have_count(3, timeout=PATIENCE)
+    wait_until_done(generating)
+    wait_for_k(generating, 24)
+    other = open_tab(generating.url.removeprefix(page.url) + "&guidance=nan&schedule=%3Cscript%3E")
+    wait_for_k(other, 24)
+    wait_until_done(other)
+    for image in range(3):
+        np.testing.assert_array_equal(pixels(generating, image), pixels(other, image))
+    # And a visitor who leaves stops the model.
+    start(other, page, 2, seed=8)
+    steps = page.steps
+    other.close()
+    time.sleep(1)
+    page.allow()
+    time.sleep(1)
+    assert page.steps <= steps + 1
+
+
+# -------------------------------------------------------------------------------------------------- Reconstruct
+
+
+def test_reconstruct_scrubs_pictures_and_charts(reconstructing):
+    expect(reconstructing.locator(".crop figcaption")).to_contain_text("The middle 60 × 60 of 80 × 60")
+    requests = []
+
+    def count(request):
+        requests.append(request.url)
+
+    reconstructing.on("request", count)
+    move_slider(reconstructing, 24, VIEW)
+    # The low-pass of everything is the original.
+    np.testing.assert_array_equal(pixels(reconstructing, 1, VIEW), pixels(reconstructing, 0, VIEW))
+    move_slider(reconstructing, 1, VIEW)
+    assert pixels(reconstructing, 1, VIEW).reshape(-1, 3).std(axis=0).max() == 0  # cutoff 1: the mean colour alone
+    charts = reconstructing.locator(f"{VIEW} .chart")
+    assert all(re.fullmatch(r"-?[\d.]+ dB", text) for text in charts.first.locator("li b").all_inner_texts())
+    assert "cannot go this low" in charts.nth(2).inner_text()
+    plot = charts.first.locator(".plot").bounding_box()
+    reconstructing.mouse.click(plot["x"] + plot["width"] / 2, plot["y"] + 20)
+    assert k_of(reconstructing, VIEW) in (12, 13)
+    reconstructing.locator(f"{VIEW} .chip").nth(9).hover()
+    expect(reconstructing.locator(f"{VIEW} .which")).to_contain_text("Token 10, code")
+    reconstructing.remove_listener("request", count)
+    assert requests == []
+
+
+def test_replacing_a_code_shows_what_moves(reconstructing):
+    move_slider(reconstructing, 12, VIEW)
+    before = pixels(reconstructing, 2, VIEW)
+    reconstructing.locator(f"{VIEW} .chip").nth(4).click()
+    assert k_of(reconstructing, VIEW) == 5
+    reconstructing.get_by_text("Replace a code").click()
+    expect(reconstructing.locator("#token input")).to_have_value("5", timeout=PATIENCE)
+    move_slider(reconstructing, 12, VIEW)
+    code = reconstructing.locator("#code input")
+    code.fill(str((int(code.input_value()) + 1) % 64))
+    reconstructing.click("#replace-code")
+    expect(reconstructing.locator(f"{VIEW} .status")).to_contain_text("1 of 24 codes replaced", timeout=PATIENCE)
+    wait_for_k(reconstructing, 12, VIEW)  # it stays where it was
+    expect(reconstructing.locator(f"{VIEW} .slider")).to_be_enabled()
+    assert not np.array_equal(before, pixels(reconstructing, 2, VIEW))
+    reconstructing.click("#undo-codes")
+    expect(reconstructing.locator(f"{VIEW} .status")).to_have_text("", timeout=PATIENCE)
+    deadline = time.monotonic() + PATIENCE / 1000
+    while not np.array_equal(before, pixels(reconstructing, 2, VIEW)):  # new frames are decoded in the background
+        assert time.monotonic() < deadline
+
+
+def test_a_bad_upload_is_answered_in_a_sentence(reconstructing, tmp_path):
+    (tmp_path / "note.png").write_text("not an image")
+    reconstructing.get_by_label("Remove Image").click()
+    reconstructing.locator("#photo input[type=file]").set_input_files(tmp_path / "note.png")
+    sentence = "This file is not an image that can be read: please send JPEG"
+    expect(reconstructing.get_by_text(sentence)).to_be_visible(timeout=PATIENCE)
+
+
+# -------------------------------------------------------------------------------------------------- phone
+
+
+def test_phone(open_tab, photo):
+    tab = open_tab(width=390, height=844, has_touch=True)
+    wait_for_k(tab, 24)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    tab.get_by_role("tab", name="Reconstruct").click()
+    tab.locator("#photo input[type=file]").set_input_files(photo)
+    wait_for_k(tab, 24, VIEW)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
