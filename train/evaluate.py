@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spectralar import SpectralARPipeline
-from spectralar.analysis import psnr, ssim
+from spectralar.analysis import next_token_entropy, psnr, ssim, write_statistics
 from spectralar.quantizer import codebook_statistics
 from spectralar.spectral import nested_targets
 
@@ -208,6 +208,10 @@ def evaluate(args: argparse.Namespace, run: Evaluation, train: ImageSet, results
         results["prefixes"], low_pass = prefix_quality(run, codes)
     with timed(results, "next-token loss"):
         results["next_token_loss"] = next_token_loss(run, codes, train_codes, train.labels)
+        device = run.pipe.device
+        entropy = next_token_entropy(run.pipe.transformer, codes.long().to(device), run.labels.to(device))
+        # For the page: what its counterfactuals draw from, and the curves of its Model tab.
+        write_statistics(run.folder, codes, run.pipe.tokenizer.config.codebook_size, entropy)
     with timed(results, "references"):
         some = slice(0, args.samples)
         seen = run.judge(to_float(train.images[some]))
