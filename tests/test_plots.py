@@ -23,6 +23,7 @@ OPENING = [k for k, (low, high) in enumerate(bands(CUTOFFS)) if high > low]
 IMAGE = torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
 DIFFERENCES = torch.randn(N, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 INFLUENCE = torch.rand(N, FREQUENCIES, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+STRIP = np.arange(3 * SIZE * SIZE * 3).reshape(3, SIZE, SIZE, 3).astype(np.uint8)
 PSNR = {"reconstruction": [20.0 + k for k in range(N)], "JPEG": [None] * 10 + [21.5, 22.5], "WebP": [None] * N}
 SSIM = {"reconstruction": [k / N for k in range(N)], "JPEG": [None] * 10 + [0.5, 0.6], "WebP": [None] * N}
 
@@ -37,6 +38,7 @@ CHARTS = {
     "influence": lambda p: plots.influence(INFLUENCE, CUTOFFS, p),
     "quality": lambda p: plots.quality(PSNR, SSIM, p),
     "codebook_use": lambda p: plots.codebook_use(torch.arange(N) + 9, torch.arange(N) + 4.5, K, p),
+    "image_strip": lambda p: plots.image_strip(STRIP, list("abc"), {"letter": list("abc"), "mean": [1, 2, 3]}, p),
     "next_token_entropy": lambda p: plots.next_token_entropy(torch.linspace(1, 4, N), K, p),
 }
 
@@ -77,8 +79,12 @@ def test_files_of_a_chart(draw):
     columns = table(chart)
     assert list(columns) == list(chart.columns)
     for name, cells in columns.items():
-        expected = [math.nan if value is None else value for value in chart.columns[name]]
+        expected = chart.columns[name]
         assert len(cells) == len(expected) > 1
+        if isinstance(expected[0], str):
+            assert cells == expected
+            continue
+        expected = [math.nan if value is None else value for value in expected]
         np.testing.assert_allclose([float(cell or "nan") for cell in cells], expected, rtol=1e-6)
 
 
@@ -153,12 +159,23 @@ def test_gallery_shares():
     refining, opening = torch.tensor([0.0, 1, 3, 0]), torch.tensor([2.0, 1, 0, 0])
     chart = plots.contribution_gallery(DIFFERENCES[:4], refining, opening, CUTOFFS)
     assert chart.columns["share_opening"] == [1, 0.5, 0, 0]
-    refine, opens = chart.axes[0].collections
+    opens, refine = chart.axes[0].collections
     widths = [[np.ptp(path.vertices[:, 0]) / 0.7 for path in part.get_paths()] for part in (opens, refine)]
     np.testing.assert_allclose(widths, [[1, 0.5, 0, 0], [0, 0.5, 1, 1]], atol=1e-12)
     for image, delta in zip(chart.axes[0].images, DIFFERENCES[:4].mean(dim=1), strict=True):
         np.testing.assert_allclose(image.get_array(), delta / delta.abs().max(), rtol=1e-12)
         assert image.get_clim() == (-1, 1)
+
+
+def test_strip_shows_the_images_as_they_are():
+    images = np.concatenate([STRIP] * 4)[:9]
+    chart = plots.image_strip(images, [str(i) for i in range(9)], {"i": list(range(9))})
+    for image, pixels in zip(chart.axes[0].images, images, strict=True):
+        np.testing.assert_array_equal(image.get_array(), pixels)
+    corners = [tuple(image.get_extent()[::3]) for image in chart.axes[0].images]  # left, top
+    assert len(set(corners)) == 9 and len({top for _, top in corners}) == 2  # eight in a row
+    grey = plots.image_strip(STRIP[..., 0], list("abc"), {"i": [1, 2, 3]})
+    assert grey.axes[0].images[0].get_clim() == (0, 255)
 
 
 def test_influence_is_drawn_as_it_is_on_a_log_scale():

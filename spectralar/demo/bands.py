@@ -178,7 +178,7 @@ def build(model: Model) -> Linked:
                 components=[gr.Textbox(visible=False)], samples=[[text] for text in labels], type="index",
                 label="Try", elem_id="bands-try",
             )  # fmt: skip
-            measure = gr.Button("Measure what each token carries", elem_id="measure-influence")
+            measure = gr.Button("Measure the influence of tokens", elem_id="measure-influence")
             gr.Markdown(
                 f"Compares true codes with {INFLUENCE_DRAWS} others each on {INFLUENCE_IMAGES} sampled images; "
                 "once measured it is kept.",

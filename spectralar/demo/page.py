@@ -34,16 +34,21 @@ OPENED = (
 def build(model: Model, *others: Model) -> gr.Blocks:
     """The page of a model and, where there are others, a page for each of them behind a bar to choose from.
 
-    The endpoints of the others have the same names with _1, _2 and so on behind them.
+    An endpoint of another model has the model's name behind its own: generate_tiny_imagenet_64.
     """
     with gr.Blocks(title="SpectralAR", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as demo:
         if others:
             gr.Navbar(main_page_name=model.name)
         _lay_out(demo, model)
     for other in others:
-        with demo.route(other.name, re.sub(r"[^a-zA-Z0-9-]+", "-", other.name)):
+        with demo.route(other.name, re.sub(r"[^a-zA-Z0-9]+", "-", other.name)) as page:
             gr.Navbar(main_page_name=model.name)
             _lay_out(demo, other)
+        for function in demo.fns.values():
+            if function.page == page.current_page and function.api_visibility == "public":
+                # Gradio has counted equal names, among them those of handlers: generate_6.
+                name = re.sub(r"_\d+$", "", function.api_name)
+                function.api_name = f"{name}_{page.current_page.replace('-', '_')}"
     return demo.queue(max_size=64, api_open=False)
 
 
