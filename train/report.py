@@ -133,8 +133,8 @@ def _generated_prefixes(r: dict[str, Any]) -> str:
     head = ["Tokens k", "FD, generated", "FD, reconstructed", "Class accuracy, generated", "Class accuracy of x_k"]
     return table(head, rows) + (
         f"\n\nPrefixes of {best['prefixes'][0]['images']} samples, and of the reconstructions, against the x_k of "
-        f"{r['prefixes']['images']} held-out images. FD grows as the numbers of images fall: the last row is not the "
-        "FD of the table above."
+        f"{r['prefixes']['images']} held-out images, at the guidance scale with the lowest FD above. FD grows as the "
+        "numbers of images fall: the last row is not the FD of the table above."
     )
 
 

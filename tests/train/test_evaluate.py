@@ -18,8 +18,8 @@ from train.classifier import Classifier, load_classifier, save_classifier
 from train.config import load_config
 from train.data import load_images, to_float
 from train.evaluate import main
-from train.judges import Judge, compare
-from train.metrics import frechet_distance
+from train.judges import Judge, Judged, compare
+from train.metrics import frechet_distance, inception_score, manifold_metrics
 
 CLASSES = ["bag", "boot", "shirt", "sneaker"]
 SAMPLES, MANY, SCALES = 22, 40, [1.0, 2.5]
@@ -187,6 +187,15 @@ def test_all_sets_of_a_report_have_their_neighbours_among_equally_many(evaluated
     sets = [results["reconstruction"], results["references"]["train"], *results["samples"]]
     assert [m["manifold_images"] for m in sets] == [SAMPLES] * 4
     assert [m["images"] for m in sets] == [32, SAMPLES, SAMPLES, SAMPLES]
+
+
+def test_neighbours_are_those_of_the_first_images_of_both_sets():
+    real, fake = (Judged(torch.randn(n, 3), torch.randn(n, 4).softmax(1)) for n in (30, 20))
+    result = compare(real, fake, torch.arange(20) % 4, manifold_images=12)
+    expected = manifold_metrics(real.features[:12], fake.features[:12])
+    assert {name: result[name] for name in expected} == expected
+    assert result["fd"] == frechet_distance(real.features, fake.features)  # of all
+    assert result["inception_score"] == inception_score(fake.probabilities)
 
 
 def test_the_judge_sees_8_bits(truth):
