@@ -1,0 +1,231 @@
+"""The Frequency bands, Remix and Model tabs in a real browser."""
+
+import base64
+import csv
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+
+from spectralar.demo.source import Origins
+from tests.demo.conftest import served, tiny_model
+
+PATIENCE = 120_000  # ms; a busy machine is slow, and waiting costs nothing where it is not
+N = 12
+
+
+@pytest.fixture(scope="module")
+def page():
+    with served(tiny_model()) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def problems():
+    """What the page reports as errors, and requests to other hosts."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def tab(chromium, page, problems):
+    """The page, opened once and wandered through: loading it is what takes long."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        tab = browser.new_page(viewport={"width": 1280, "height": 900})
+        tab.set_default_timeout(PATIENCE)
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        tab.on("request", lambda r: None if r.url.startswith((page.url, "data:", "blob:")) else problems.append(r.url))
+        tab.goto(page.url + "?tab=bands")
+        yield tab
+        browser.close()
+
+
+@pytest.fixture(autouse=True)
+def no_problems(tab, page, problems):
+    tab.set_viewport_size({"width": 1280, "height": 900})
+    problems.clear()
+    yield
+    page.allow()
+    assert not problems
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def go_to(tab, title):
+    tab.get_by_role("tab", name=title).click()
+
+
+def wait_for_k(tab, k, view):
+    expect(tab.locator(f"{view} [data-read=k]")).to_have_text(re.compile(rf"^{k} "), timeout=PATIENCE)
+
+
+def wait_for_figure(tab, elem_id):
+    expect(tab.locator(f"#{elem_id} svg text").first).to_be_visible(timeout=PATIENCE)
+
+
+def move_slider(tab, k, view):
+    tab.locator(f"{view} .slider").evaluate(
+        "(node, k) => { node.value = k; node.dispatchEvent(new Event('input', { bubbles: true })); }", k
+    )
+    wait_for_k(tab, k, view)
+
+
+def pixels(tab, index, view):
+    """A picture as it stands on its canvas: (H, H) of a grey model."""
+    url = tab.locator(f"{view} canvas").nth(index).evaluate("node => node.toDataURL('image/png')")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("L"))
+
+
+def scrubbed(tab, view, lengths, index=0):
+    """A picture at several places of the slider; moving it must not ask the server for anything."""
+    requests = []
+    tab.on("request", lambda request: requests.append(request.url))
+    shown = {}
+    for k in lengths:
+        move_slider(tab, k, view)
+        shown[k] = pixels(tab, index, view).astype(int)
+    tab.wait_for_timeout(300)
+    assert requests == []
+    return shown
+
+
+def saved(tab, elem_id, name):
+    with tab.expect_download() as download:
+        tab.locator(f"#{elem_id} button[data-format={name}]").click()
+    return download.value.suggested_filename, download.value.path().read_bytes()
+
+
+# -------------------------------------------------------------------------------------------------- Frequency bands
+
+
+def test_bands_of_a_sample_in_one_click(tab, page):
+    tab.locator("#bands-try button", has_text="Bag").click()
+    wait_for_figure(tab, "figure-contributions")
+    wait_for_k(tab, N, "#bands-view")
+    picture = Origins(page.model).picture("sample:2:0", None)
+    frames = page.model.decode([picture.codes], list(range(1, N + 1)))[0]
+    for k, shown in scrubbed(tab, "#bands-view", (3, 12), index=1).items():
+        np.testing.assert_allclose(shown, frames[k - 1], atol=1)
+    assert "bands=sample%3A2%3A0" in tab.url
+
+
+def test_figures_are_saved_with_their_numbers(tab):
+    name, data = saved(tab, "figure-band-energies", "csv")
+    rows = list(csv.DictReader(io.StringIO(data.decode())))
+    assert name == "band-energies.csv" and len(rows) == N and float(rows[0]["energy_image"]) > 0
+    name, data = saved(tab, "figure-radial-spectra", "svg")
+    assert name == "radial-spectra.svg" and b"1/f" in data
+    name, data = saved(tab, "figure-contributions", "png")
+    assert name == "contributions.png" and Image.open(io.BytesIO(data)).width > 1000
+
+
+def test_influence(tab):
+    tab.click("#measure-influence")
+    wait_for_figure(tab, "figure-influence")
+    name, data = saved(tab, "figure-influence", "csv")
+    rows = list(csv.DictReader(io.StringIO(data.decode())))
+    assert name == "influence.csv" and len(rows) == N * 22 and min(float(row["influence"]) for row in rows) >= 0
+
+
+def test_a_photo_takes_the_place_of_the_sample(tab, page, photo):
+    before = pixels(tab, 0, "#bands-view")
+    tab.locator("#bands-image button[aria-label=Clear], #bands-image button[aria-label='Clear image']").first.click()
+    expect(tab.locator("#bands-view canvas")).to_have_count(0, timeout=PATIENCE)
+    tab.locator("#bands-image input[type=file]").set_input_files(photo)
+    wait_for_figure(tab, "figure-contributions")
+    wait_for_k(tab, N, "#bands-view")
+    assert "bands=" not in tab.url  # a link cannot carry it
+    assert not np.array_equal(pixels(tab, 0, "#bands-view"), before)
+    codes = page.model.pipe.encode(Image.open(photo)).tolist()
+    shown = scrubbed(tab, "#bands-view", [12], index=1)[12]
+    np.testing.assert_allclose(shown, page.model.decode(codes, [12])[0, 0], atol=1)
+
+
+# -------------------------------------------------------------------------------------------------- Remix
+
+
+def test_remix_of_two_samples_in_one_click(tab, page):
+    go_to(tab, "Remix")
+    tab.locator("#remix-try button").first.click()
+    wait_for_figure(tab, "remix-strip")
+    wait_for_k(tab, N // 2, "#remixed")  # the middle says most
+    a, b = (Origins(page.model).picture(origin, None) for origin in ("sample:0:0", "sample:2:1"))
+    for k, shown in scrubbed(tab, "#remixed", (1, 7, 12)).items():
+        np.testing.assert_allclose(shown, page.model.decode([a.codes[:k] + b.codes[k:]], [12])[0, 0], atol=1)
+    name, data = saved(tab, "remix-strip", "csv")
+    rows = list(csv.DictReader(io.StringIO(data.decode())))
+    assert name == "remix.csv" and rows[-1]["codes"] == " ".join(map(str, a.codes))
+
+
+def test_continuation_is_stopped_and_scrubbed(tab, page):
+    page.allow(N - 1 + 5)  # all of the first exchange point, and some of the second
+    tab.get_by_label("new ones of the model").check()
+    expect(tab.locator("#remix-class")).to_be_visible(timeout=PATIENCE)
+    tab.click("#remix")
+    expect(tab.locator("#remixed .status")).to_contain_text("1 of 12 exchange points", timeout=PATIENCE)
+    expect(tab.locator("#remix")).to_be_disabled()
+    tab.click("#remix-stop")
+    expect(tab.locator("#remixed .status")).to_contain_text("Stopped after 1 of 12", timeout=PATIENCE)
+    expect(tab.locator("#remix")).to_be_enabled(timeout=PATIENCE)
+    wait_for_figure(tab, "remix-strip")
+    page.allow(3)  # the token that was being sampled, and no others
+    steps = page.steps
+    tab.wait_for_timeout(1000)
+    assert page.steps <= steps + 1
+    page.allow()
+
+
+def test_continuation_to_the_end(tab, page):
+    tab.click("#remix")
+    wait_for_k(tab, N // 2, "#remixed")  # when all is there
+    expect(tab.locator("#remixed canvas")).to_have_count(6)
+    a = Origins(page.model).picture("sample:0:0", None)
+    shown = scrubbed(tab, "#remixed", (5, 12), index=3)
+    np.testing.assert_allclose(shown[12], page.model.decode([a.codes], [12])[0, 0], atol=1)
+    assert "then=model" in tab.url and "a=sample%3A0%3A0" in tab.url
+
+
+def test_a_link_opens_the_same_remix(tab):
+    shown = scrubbed(tab, "#remixed", (4,), index=2)[4]
+    tab.reload()
+    wait_for_k(tab, N // 2, "#remixed")
+    np.testing.assert_array_equal(scrubbed(tab, "#remixed", (4,), index=2)[4], shown)
+
+
+def test_what_is_missing_is_said_in_a_sentence(tab, page):
+    tab.goto(page.url + "?tab=remix")
+    expect(tab.locator("#remix")).to_be_enabled(timeout=PATIENCE)
+    tab.click("#remix")
+    expect(tab.get_by_text("Choose image A first.")).to_be_visible(timeout=PATIENCE)
+
+
+# -------------------------------------------------------------------------------------------------- Model
+
+
+def test_model(tab):
+    go_to(tab, "Model")
+    expect(tab.locator("#facts")).to_contain_text("12 of 32 codes, 60 bits an image")
+    wait_for_figure(tab, "figure-cutoff-schedule")
+    shown = scrubbed(tab, "#mask", (1, 6, 12))
+    assert [np.unique(image).size for image in shown.values()] == [2, 3, 2]  # new and closed; all; old and new
+    expect(tab.get_by_text("This model comes without a model card.")).to_be_visible()
+
+
+@pytest.mark.parametrize("title", ["Frequency bands", "Remix", "Model"])
+def test_phone(tab, title):
+    tab.set_viewport_size({"width": 1280, "height": 844})
+    go_to(tab, title)
+    if title == "Frequency bands":
+        tab.locator("#bands-try button").first.click()
+        wait_for_figure(tab, "figure-contributions")
+    tab.set_viewport_size({"width": 390, "height": 844})
+    tab.wait_for_timeout(500)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
