@@ -1,7 +1,7 @@
 """Makes the README's pictures from the page as it is, with the embedded model: python -m tests.screenshots
 
 Writes to assets/figures: one screenshot of each tab (light, dark, phone), page.png, which is the first tab after a
-generation, and generation.gif, the animation that the page offers for download. Seeds are fixed; nothing is chosen by hand.
+generation, and generation.gif, the animation that the page offers for download. Seeds are fixed, nothing is chosen.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ CHOICES = {
 }
 FRACTIONS = {"dropout", "label_dropout", "min_lr_ratio", "beta1", "beta2", "ema_decay", "revive_until"}
 MAY_BE_ZERO = {"limit", "seed", "warmup_steps", "weight_decay", "grad_clip", "quantizer_weight", "commitment",
-               "quantize_from", "prefixes_per_step", "perceptual_weight"}
+               "quantize_from", "prefixes_per_step"}
 
 
 @dataclass
@@ -110,7 +110,6 @@ class TokenizerStage(StageConfig):
     quantizer_weight: float = 0.1  # weight of the codebook + commitment loss
     commitment: float = 0.25  # weight of the commitment part in it
     prefixes_per_step: int = 1  # sampled prefix lengths a step, beside the full one
-    perceptual_weight: float = 0.0  # weight of the perceptual loss; 0 = none
     quantize_from: int = 200  # steps of plain autoencoding before; the codebook then starts at what is encoded
     revive_after: int = 100  # steps without use after which a code is revived from the batch
     revive_until: float = 0.8  # fraction of the steps after which no code is revived any more
