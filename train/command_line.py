@@ -34,6 +34,8 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> tuple[ar
         config = load_config(args.preset, args.overrides)
     except ValueError as error:
         parser.error(str(error))
+    if args.dry_run:
+        config.data.decode = "on-the-fly"  # nothing is written, the decoded images neither
     args.output = args.output or Path("runs") / config.name
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output {args.output} is a file: give a folder.")

@@ -27,6 +27,7 @@ CHOICES = {
     "mixed_precision": ("no", "bf16", "fp16"),
     "codes": ("stored", "on-the-fly"),
     "perceptual": ("", "efficientnet-lite0", "lpips-vgg"),  # see train.losses
+    "decode": ("once", "on-the-fly"),
 }
 FRACTIONS = {"dropout", "label_dropout", "min_lr_ratio", "beta1", "beta2", "ema_decay", "revive_until"}
 MAY_BE_ZERO = {"limit", "seed", "warmup_steps", "weight_decay", "grad_clip", "quantizer_weight", "commitment",
@@ -47,6 +48,8 @@ class DataConfig:
     label_column: str = "label"  # column of the class ids or names (Parquet, Hub)
     augment: list[str] = field(default_factory=list)  # any of "flip", "shift", "crop"; applied in this order
     class_names: str = ""  # JSON file, raw class name -> readable names ("a, b" or a list; the first counts)
+    cache: str = ""  # folder of decoded images, for later runs too; "" = $SPECTRALAR_CACHE, else ~/.cache/spectralar
+    decode: str = "once"  # "once" = keep decoded images in `cache`; "on-the-fly" = at each use, if none are there
     limit: int = 0  # use only so many images of a split, a fixed random choice; 0 = all
 
 

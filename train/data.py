@@ -1,4 +1,4 @@
-"""Images for training: decoded once, kept in memory as uint8, in an order that depends on the step alone.
+"""Images for training: decoded once, kept as uint8, in an order that depends on the step alone.
 
     data = load_images(config.data, "train")                                # ImageSet
     chosen = step_indices(len(data), batch_size=64, seed=0, step=17)        # (64,), equal on every process
@@ -9,33 +9,28 @@ import functools
 import json
 import logging
 import math
-import os
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
-
-from spectralar.image import preprocess_pil
 
 from .config import DataConfig
-from .sources import Listing, list_images, quoted
+from .decoding import LazyImages, Pack, decode_in_chunks, make_pack, on_main, pack_folder, read_pack
+from .sources import Listing, list_images, quoted, source_version
 
 logger = logging.getLogger(__name__)
 
-MAX_THREADS = 16  # decoding; more only wait for Python's lock
 CROP_SCALE = (0.8, 1.0)  # side of a random crop / side of the image
 
 
 @dataclass
 class ImageSet:
-    """One split in memory."""
+    """One split."""
 
-    images: torch.Tensor  # (n, C, H, H) uint8
+    images: torch.Tensor | LazyImages  # (n, C, H, H) uint8; read-only where they are mapped from a pack
     labels: torch.Tensor  # (n,) int64, in 0..len(class_names)-1
     class_names: list[str]  # the same for every split of a source
     num_broken: int  # images that could not be read and are not in here
@@ -45,7 +40,7 @@ class ImageSet:
 
 
 def load_images(cfg: DataConfig, split: str) -> ImageSet:
-    """Read all images of a split.
+    """The images of a split: decoded once and kept on the disk for later runs, or decoded at each use.
 
     Args:
         cfg: where they are and what they become.
@@ -58,17 +53,21 @@ def load_images(cfg: DataConfig, split: str) -> ImageSet:
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split is 'train' or 'eval', not {split!r}.")
-    listing = list_images(cfg, split)
-    if not listing.keys:
-        raise ValueError(f"data.source={cfg.source!r} has no images for {split!r}.")
-    class_names = _readable(listing.class_names, cfg.class_names)
-    if 0 < cfg.limit < len(listing.keys):
-        # Not the first ones: many sources are sorted by class.
-        order = torch.randperm(len(listing.keys), generator=torch.Generator().manual_seed(0))
-        listing = listing.select(order[: cfg.limit].sort().values.numpy())
-    images, good = _decode(listing, cfg)
-    labels = torch.from_numpy(listing.labels[good])
-    return ImageSet(torch.from_numpy(images), labels, class_names, int((~good).sum()))
+    folder = pack_folder(cfg, split, source_version(cfg))
+    pack = read_pack(folder)
+    if pack is None:
+        listing = _listing(cfg, split)
+        if listing.pixels is not None and listing.pixels.shape[1:] == (cfg.image_size, cfg.image_size):
+            pixels = torch.from_numpy(listing.pixels)[:, None].repeat(1, cfg.channels, 1, 1)  # (n, C, H, H)
+            pack = Pack(pixels, torch.from_numpy(listing.labels), listing.class_names, [])
+        elif cfg.decode == "on-the-fly":
+            pack = Pack(LazyImages(listing, cfg), torch.from_numpy(listing.labels), listing.class_names, [])
+        else:
+            pack = _decoded(listing, cfg, folder)
+    if pack.broken and on_main():
+        logger.warning("%s: %d of %d images are broken and left out: %s", cfg.source, len(pack.broken),
+                       len(pack.broken) + len(pack.labels), quoted(pack.broken, 3))
+    return ImageSet(pack.images, pack.labels, _readable(pack.class_names, cfg.class_names), len(pack.broken))
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -124,45 +123,47 @@ def augment(
     return images
 
 
-def _decode(listing: Listing, cfg: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+def _listing(cfg: DataConfig, split: str) -> Listing:
+    listing = list_images(cfg, split)
+    if not listing.keys:
+        raise ValueError(f"data.source={cfg.source!r} has no images for {split!r}.")
+    if 0 < cfg.limit < len(listing.keys):
+        # Not the first ones: many sources are sorted by class.
+        order = torch.randperm(len(listing.keys), generator=torch.Generator().manual_seed(0))
+        listing = listing.select(order[: cfg.limit].sort().values.numpy())
+    return listing
+
+
+def _decoded(listing: Listing, cfg: DataConfig, folder: Path) -> Pack:
+    """All images of a listing, decoded: on the disk, or in memory if the disk does not take them."""
+    try:
+        return make_pack(listing, cfg, folder)
+    except OSError as error:
+        if on_main():
+            logger.warning("Decoded images cannot be kept in %s (%s), so each run decodes them anew: set data.cache "
+                           "to another folder.", folder.parent, error)
+    images, good = _in_memory(listing, cfg)
+    broken = [listing.keys[i] for i in np.flatnonzero(~good)]
+    return Pack(torch.from_numpy(images), torch.from_numpy(listing.labels[good]), listing.class_names, broken)
+
+
+def _in_memory(listing: Listing, cfg: DataConfig) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (m, C, H, H) uint8 of the images that are whole, and which those are, (n,) bool."""
     shape = (len(listing.keys), cfg.channels, cfg.image_size, cfg.image_size)
     needed, free = math.prod(shape), psutil.virtual_memory().available
     if needed > free:
         raise ValueError(
-            f"{shape[0]} images need {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free: "
-            "lower data.image_size or set data.limit."
+            f"{shape[0]} images need {needed / 2**30:.1f} GiB and there are {free / 2**30:.1f} GiB of memory: set "
+            "data.cache to a folder on a larger disk, data.decode=on-the-fly, data.limit or a lower data.image_size."
         )
-    images = np.empty(shape, np.uint8)
-    good = np.zeros(shape[0], bool)
-    if listing.pixels is not None and listing.pixels.shape[1:] == shape[2:]:
-        images[:] = listing.pixels[:, None]  # (n, 1, H, H) to every channel
-        return images, ~good
-
-    def decode_one(i: int) -> None:
-        try:
-            with listing.open_image(i) as image:
-                # JPEG can decode at 1/2, 1/4 or 1/8; twice the wanted size leaves the filter enough to do.
-                image.draft(None, (2 * cfg.image_size, 2 * cfg.image_size))
-                images[i] = preprocess_pil(image, cfg.image_size, cfg.channels)
-            good[i] = True
-        except MemoryError:
-            raise
-        except Exception:  # broken files make decoders raise OSError, SyntaxError, ValueError, struct.error
-            pass
-
-    on_main = os.environ.get("LOCAL_RANK", "0") == "0"  # one of the processes that read the same is to report
-    with ThreadPool(min(os.cpu_count() or 1, MAX_THREADS)) as pool:  # PIL lets others run while it decodes
-        done = pool.imap_unordered(decode_one, range(len(good)), chunksize=64)
-        for _ in tqdm(done, "reading", len(good), unit=" images", delay=2, leave=False, disable=not on_main):
-            pass
-    if not good.any():
-        raise ValueError(f"None of the {len(good)} images of {cfg.source} can be read.")
-    if not good.all() and on_main:
-        broken = [listing.keys[i] for i in np.flatnonzero(~good)]
-        logger.warning("%s: %d of %d images are broken and left out: %s",
-                       cfg.source, len(broken), len(good), quoted(broken, 3))
-    return images if good.all() else images[good], good
+    images, good, done = np.empty(shape, np.uint8), [], 0
+    for chunk, whole in decode_in_chunks(listing, cfg):
+        good.append(whole)
+        images[done : done + whole.sum()] = chunk[whole]
+        done += whole.sum()
+    if not done:
+        raise ValueError(f"None of the {shape[0]} images of {cfg.source} can be read.")
+    return images[:done], np.concatenate(good)
 
 
 def _readable(names: list[str], mapping_file: str) -> list[str]:

@@ -51,7 +51,8 @@ def encode_images(tokenizer: SpectralTokenizer, images: Tensor, augmentations: l
 def wanted_shards(config: Config, split: str, tokenizer: SpectralTokenizer) -> dict[str, dict[str, str]]:
     """What a run's codes of a split have to be: file name -> identity of each shard, as far as the settings say."""
     data = asdict(config.data)
-    for name in ("root", "augment", "class_names"):  # a place, what the shards differ in, and mere names
+    # Places, what the shards differ in, and mere names.
+    for name in ("root", "augment", "class_names", "cache", "decode"):
         del data[name]
     common = {"tokenizer": fingerprint(tokenizer), "split": split, "data": json.dumps(data)}
     shards = {}

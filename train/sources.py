@@ -9,7 +9,7 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -67,7 +67,7 @@ def list_images(cfg: DataConfig, split: str) -> Listing:
         return _class_folders(cfg, path, split)
     if path.is_dir() or path.suffix == ".parquet" or "*" in cfg.source:
         return _parquet(cfg, path, split)
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", cfg.source):
+    if path.exists() or not _is_hub_id(cfg.source):
         what = "is a file, but not Parquet" if path.exists() else "does not exist"
         raise FileNotFoundError(
             f"data.source={cfg.source!r} {what}: give 'fashion-mnist', a folder of class folders, a Parquet "
@@ -76,10 +76,51 @@ def list_images(cfg: DataConfig, split: str) -> Listing:
     return _split_of(cfg, split, lambda name: _load(cfg.source, split=name))
 
 
+def source_version(cfg: DataConfig) -> str:
+    """A digest of what a source holds now: names, sizes and times of its files; of a Hub id, its revision.
+
+    Raises:
+        ValueError: the Hub has no such data set.
+    """
+    path, files = Path(cfg.source).expanduser(), []
+    if cfg.source == "fashion-mnist":
+        path = _fashion_mnist_root(cfg)
+    if path.is_dir():
+        files = _walk(str(path), set())
+    elif path.exists() or not _is_hub_id(cfg.source):
+        files = [(name, os.stat(name)) for name in glob(str(path), recursive=True)]
+    else:
+        rows = [_load(cfg.source, split=name) for name in (cfg.train_split, cfg.eval_split)]
+        return " ".join(part._fingerprint for part in rows)
+    found = sorted((os.path.relpath(name, path), stat.st_size, stat.st_mtime_ns) for name, stat in files)
+    return hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, os.stat_result]]:
+    """All files below a folder that are not hidden; links are followed, each folder once."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                stat = entry.stat()
+            except FileNotFoundError:  # a link to nowhere
+                continue
+            if not entry.is_dir():
+                yield entry.path, stat
+            elif (stat.st_dev, stat.st_ino) not in seen:
+                seen.add((stat.st_dev, stat.st_ino))
+                yield from _walk(entry.path, seen)
+
+
 def quoted(names: list[str], most: int = 8) -> str:
     """'a', 'b' and 5 more."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(repr(name) for name in names[:most]) + more
+
+
+def _is_hub_id(source: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) is not None
 
 
 def _own_split(cfg: DataConfig, split: str) -> str:
@@ -103,8 +144,12 @@ def _take_part(listing: Listing, split: str) -> Listing:
 # Fashion-MNIST --------------------------------------------------------------------------------------------
 
 
+def _fashion_mnist_root(cfg: DataConfig) -> Path:
+    return Path(cfg.root or os.environ.get("FASHION_MNIST_DIR") or FASHION_MNIST_DIR).expanduser()
+
+
 def _fashion_mnist(cfg: DataConfig, split: str) -> Listing:
-    root = Path(cfg.root or os.environ.get("FASHION_MNIST_DIR") or FASHION_MNIST_DIR).expanduser()
+    root = _fashion_mnist_root(cfg)
     name = _own_split(cfg, split)
     if name not in FASHION_MNIST_FILES:
         raise ValueError(f"Fashion-MNIST has the splits 'train' and 'test', not {name!r}.")

@@ -20,8 +20,16 @@ PRESET = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Decoded images go where the tests' other files are, not to the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECTRALAR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
-def scripts():
+def scripts(own_cache):
     """Runs training scripts: `scripts.run("train_tokenizer", [preset, ...])`."""
     with ScriptServer() as server:
         yield server

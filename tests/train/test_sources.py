@@ -16,7 +16,7 @@ from train.data import load_images
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def own_datasets_cache(tmp_path, monkeypatch):
     """`datasets` keeps a copy of all Parquet it reads: here, not in the user's home."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
