@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import gradio as gr
@@ -14,6 +16,7 @@ from ..plots import LIGHT, Chart
 from .errors import one_sentence, user_error
 
 _FOLDER = Path(__file__).parent
+TEMPLATE = Template((_FOLDER / "figures.html").read_text(encoding="utf-8"))
 FORMATS = ("png", "svg", "csv")
 # Colours of the light palette that the page has names for, so that a chart follows light and dark by itself.
 PAGE_COLOURS = {
@@ -32,13 +35,12 @@ def figure(title: str, text: str, *, elem_id: str, chart: Chart | None = None) -
     with gr.Column(min_width=300):  # side by side where there is room
         return gr.HTML(
             value=None if chart is None else shown(chart),
-            html_template=(_FOLDER / "figures.html").read_text(encoding="utf-8"),
+            # Filled in here, not by Gradio: a component that is mounted late knows its value only.
+            html_template=TEMPLATE.substitute(heading=escape(title), explanation=escape(text)),
             css_template=(_FOLDER / "figures.css").read_text(encoding="utf-8"),
             js_on_load=(_FOLDER / "figures.js").read_text(encoding="utf-8"),
             apply_default_css=False,
             elem_id=elem_id,
-            heading=title,
-            explanation=text,
         )
 
 

@@ -8,7 +8,8 @@ const PLAY_SECONDS = 4; // from the first to the last token, at speed 1
 const ICONS = { play: 'M4 2.5v11l9-5.5z', pause: 'M3.5 2.5h3v11h-3zm6 0h3v11h-3z' };
 
 let value = null; // the latest value
-let bitmaps = []; // one decoded strip for each prefix length, null until it is ready
+let bitmaps = []; // one decoded strip for each prefix length, none until it is ready
+let received = 0; // strips of the value that are decoded, or being
 let tiles = []; // {canvas, node, ofToken} in the strip's order
 let k = 0; // prefix length shown; 0: nothing yet
 let following = true; // stay at the newest frame
@@ -50,15 +51,12 @@ function newest() {
 
 function receive() {
   const next = props.value;
-  if (!next) return;
+  if (!next) return empty();
   const fresh = !value || value.id !== next.id;
   const before = value;
   value = next;
   if (fresh) begin(before);
-  for (let i = bitmaps.length; i < next.frames.length; i++) {
-    bitmaps.push(null);
-    decode(next.frames[i], i, next.id);
-  }
+  for (; received < next.frames.length; received++) decode(next.frames[received], received, next.id);
   find('.status').textContent = next.status;
   if (!next.busy && (fresh || (before && before.busy))) find('[role=status]').textContent = next.status;
   drawChips();
@@ -67,11 +65,27 @@ function receive() {
   rest();
 }
 
+// As before the first picture.
+function empty() {
+  stop();
+  [value, bitmaps, received, tiles, marks, drawn, k, chosen, hovered] = [null, [], 0, [], [], '', 0, 0, null];
+  following = true;
+  stage.replaceChildren(...(props.hint ? [make('p', 'no-frames', props.hint)] : []));
+  for (const name of ['.of-token', '.chips', '.charts']) find(name).replaceChildren();
+  for (const name of ['.status', '[role=status]', '.which']) find(name).textContent = '';
+  find('.tokens').hidden = true;
+  slider.max = slider.value = 1;
+  refresh();
+}
+
 function begin(before) {
   const keep = value.keep_place && before;
   stop();
-  bitmaps = [];
+  received = 0;
   if (!keep) k = 0;
+  // Of the same shape, the old frames stay until the new ones take their places.
+  const pictures = (v) => v.groups.flatMap((group) => group.captions).length;
+  if (!keep || pictures(before) !== pictures(value)) bitmaps = [];
   following = !keep || k >= value.cutoffs.length;
   const count = value.groups[0].captions.length;
   if (!keep || chosen >= count) chosen = 0;
@@ -194,7 +208,8 @@ function refresh() {
   const N = value ? value.cutoffs.length : 0;
   const ready = k > 0;
   slider.disabled = playButton.disabled = !ready;
-  if (ready) {
+  if (!ready) for (const node of Object.values(reads)) node.textContent = '–';
+  else {
     const r = value.cutoffs[k - 1], before = k > 1 ? value.cutoffs[k - 2] : 0, H = value.image_size;
     slider.value = k;
     figure(reads.k, k, 'of ' + N);
@@ -221,8 +236,7 @@ function refresh() {
 }
 
 function paintTrack() {
-  if (!value) return;
-  const N = value.cutoffs.length, part = (n) => (N > 1 ? (100 * Math.max(0, n - 1)) / (N - 1) : 100) + '%';
+  const N = value ? value.cutoffs.length : 2, part = (n) => (N > 1 ? (100 * Math.max(0, n - 1)) / (N - 1) : 100) + '%';
   slider.style.setProperty('--at', part(k));
   slider.style.setProperty('--loaded', part(newest()));
 }
@@ -392,8 +406,6 @@ function save() {
   }, 'image/png');
 }
 
-if (props.hint) stage.append(make('p', 'no-frames', props.hint));
 new ResizeObserver(fit).observe(element);
 watch('value', receive);
 receive();
-if (!value) refresh();

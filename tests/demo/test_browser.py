@@ -135,6 +135,23 @@ def start(tab, page, tokens, **settings):
     wait_for_k(tab, tokens)
 
 
+def run(tab, page, button):
+    """Clicks on what begins to generate, and waits until that is done."""
+    page.allow(1)  # held, so that the beginning cannot be missed
+    button.click()
+    expect(tab.locator("#stop")).to_be_enabled(timeout=PATIENCE)
+    page.allow()
+    wait_until_done(tab)
+
+
+def wait_until(condition):
+    """For what the browser does in the background, such as decoding new frames."""
+    deadline = time.monotonic() + PATIENCE / 1000
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 # -------------------------------------------------------------------------------------------------- Generate
 
 
@@ -235,15 +252,13 @@ def test_stop_keeps_what_is_there_and_stops_the_model(generating, page):
     assert "seed=7" in generating.url
 
 
-def test_more_like_this_keeps_the_first_tokens(generating):
+def test_more_like_this_keeps_the_first_tokens(generating, page):
     generating.locator("#generated button.tile").nth(1).click()
     move_slider(generating, 6)
     kept = pixels(generating, 1)
     more = generating.locator("#generated .actions button").first
     expect(more).to_have_text("More like image 2 from token 6")
-    more.click()
-    expect(generating.locator("#stop")).to_be_enabled()
-    wait_until_done(generating)
+    run(generating, page, more)
     assert "prefix=" in generating.url
     move_slider(generating, 6)
     for image in range(4):
@@ -252,10 +267,8 @@ def test_more_like_this_keeps_the_first_tokens(generating):
     assert not np.array_equal(pixels(generating, 0), pixels(generating, 1))
 
 
-def test_one_click_examples_and_downloads(generating):
-    generating.locator("#try button", has_text="Bag").click()
-    expect(generating.locator("#stop")).to_be_enabled()
-    wait_until_done(generating)
+def test_one_click_examples_and_downloads(generating, page):
+    run(generating, page, generating.locator("#try button", has_text="Bag"))
     assert "class=Bag" in generating.url and "prefix=" not in generating.url
     for name, begins in (("py", b"import torch"), ("png", b"\x89PNG"), ("gif", b"GIF89a")):
         with generating.expect_download() as download:
@@ -333,12 +346,10 @@ def test_replacing_a_code_shows_what_moves(reconstructing):
     expect(reconstructing.locator(f"{VIEW} .status")).to_contain_text("1 of 24 codes replaced", timeout=PATIENCE)
     wait_for_k(reconstructing, 12, VIEW)  # it stays where it was
     expect(reconstructing.locator(f"{VIEW} .slider")).to_be_enabled()
-    assert not np.array_equal(before, pixels(reconstructing, 2, VIEW))
+    wait_until(lambda: not np.array_equal(before, pixels(reconstructing, 2, VIEW)))
     reconstructing.click("#undo-codes")
     expect(reconstructing.locator(f"{VIEW} .status")).to_have_text("", timeout=PATIENCE)
-    deadline = time.monotonic() + PATIENCE / 1000
-    while not np.array_equal(before, pixels(reconstructing, 2, VIEW)):  # new frames are decoded in the background
-        assert time.monotonic() < deadline
+    wait_until(lambda: np.array_equal(before, pixels(reconstructing, 2, VIEW)))
 
 
 # -------------------------------------------------------------------------------------------------- phone
