@@ -134,7 +134,7 @@ class LazyImages:
             if good[0]:
                 return images[0]
         name = listing.class_names[listing.labels[position]]
-        raise ValueError(f"None of the {len(members)} images of class {name!r} of {self._source} can be read.")
+        raise OSError(f"None of the {len(members)} images of class {name!r} of {self._source} can be read.")
 
 
 # ------------------------------------------------------------------------------------------------ packs

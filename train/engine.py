@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from .checkpoints import Checkpoints
 from .config import Config, StageConfig, config_to_dict, save_config
-from .data import step_indices
+from .data import ImageSet, Prefetch, step_indices
 
 STOP_EVERY = 10  # steps between the questions whether another process wants to stop: each one waits for the device
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -201,6 +201,13 @@ class Run:
             slot = self.accelerator.process_index * self.stage.grad_accumulation + part
             mine = chosen[slot * self.micro_batch : (slot + 1) * self.micro_batch]
             yield mine, slot, self.stage.batch_size // self.micro_batch
+
+    def prefetch(self, data: ImageSet) -> Prefetch:
+        """Of a step, its images (b, C, H, H) by the number of the slice, on the way while another step is trained."""
+        pin = self.accelerator.device.type == "cuda"
+        return Prefetch(lambda step: {
+            slot: data.gather(chosen, pin) for chosen, slot, _ in self.micro_batches(len(data), step)
+        })  # fmt: skip
 
     def generator(self, step: int, purpose: int) -> torch.Generator:
         """An equally seeded generator on every process, one for each step and purpose."""

@@ -54,12 +54,13 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     parameters = sum(p.numel() for p in classifier.parameters())
     run.print(f"{parameters / 1e6:.2f} M parameters, {classifier.num_features} features, {len(data)} images.")
 
+    fetch = run.prefetch(data)
     done = run.resume()
     for step in run.steps(done):
         loss_sum = torch.zeros((), device=device)
         for part, (chosen, slot, slots) in enumerate(run.micro_batches(len(data), step)):
             with run.clock.data():
-                images = run.to_device(data.images[chosen])
+                images = run.to_device(fetch(step)[slot])
                 x = to_float(augment(images, config.data.augment, run.generator(step, 0), slot, slots))
                 labels = run.to_device(data.labels[chosen])
             synchronise = part + 1 == stage.grad_accumulation

@@ -111,6 +111,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     eval_images = heldout.images[evenly(len(heldout), EVAL_IMAGES)]
     run.print(f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.2f} M parameters, {len(data)} images.")
 
+    fetch = run.prefetch(data)
     done = run.resume(train_tokenizer={"perceptual": stage.perceptual})
     ema.to(device)  # a checkpoint is loaded to the CPU
     for step in run.steps(done):
@@ -119,10 +120,10 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
         quantize = step >= stage.quantize_from
         sums: dict[str, Tensor] = {}
         parts: list[tuple[Tensor, Tensor]] = []
-        for part, (chosen, slot, slots) in enumerate(run.micro_batches(len(data), step)):
+        for part, (_, slot, slots) in enumerate(run.micro_batches(len(data), step)):
             with run.clock.data():
                 # Equal draws for each part, of which it takes its own slice.
-                images = run.to_device(data.images.index_select(0, chosen))
+                images = run.to_device(fetch(step)[slot])
                 x = to_float(augment(images, config.data.augment, run.generator(step, 1), slot, slots))
                 own = lengths[slot * run.micro_batch : (slot + 1) * run.micro_batch]
                 mine = run.to_device(own)

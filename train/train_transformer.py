@@ -50,6 +50,7 @@ class CodeSource:
             self.heldout = heldout.codes[0, measured].long(), heldout.labels[measured]
         else:
             self.images = read_split(config, "train")
+            self.fetch = run.prefetch(self.images)
             self.labels, self.class_names = self.images.labels, self.images.class_names
             heldout = read_split(config, "eval")
             measured = evenly(len(heldout), EVAL_IMAGES)
@@ -69,7 +70,7 @@ class CodeSource:
             if self.images is None:
                 copy = torch.randint(len(self.codes), (stage.batch_size,), generator=run.generator(step, 0))[mine]
                 return run.to_device(self.codes[copy, chosen]).long(), labels
-            images = run.to_device(self.images.images.index_select(0, chosen))
+            images = run.to_device(self.fetch(step)[slot])
             images = to_float(augment(images, self.config.data.augment, run.generator(step, 0), slot, slots))
         with torch.no_grad():
             return self.tokenizer.encode(images), labels

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from spectralar.image import preprocess_pil
 from train.config import DataConfig
-from train.data import augment, load_images, step_indices, to_float
+from train.data import Prefetch, augment, load_images, step_indices, to_float
 
 
 def encoded(image: Image.Image, kind: str, **options) -> Image.Image:
@@ -190,6 +191,40 @@ def test_step_depends_on_seed_and_step_alone():
 def test_fewer_images_than_a_batch_is_said():
     with pytest.raises(ValueError, match="3 images, fewer than one batch of 4"):
         step_indices(3, 4, 0, 0)
+
+
+@pytest.mark.parametrize("decode", ["once", "on-the-fly"])
+def test_gathered_images_are_those_asked_for_and_a_copy(tmp_path, decode):
+    cfg = write_classes(tmp_path, {"cat": 5, "dog": 5})
+    cfg.decode, chosen = decode, torch.tensor([7, 0, 7])
+    data = load_images(cfg, "train")
+    for _ in range(2):
+        batch = data.gather(chosen)
+        assert batch.shape == (3, 1, 8, 8) and batch[:, 0, 0, 0].tolist() == [102, 0, 102]
+        batch.zero_()  # what is mapped from a pack must not be written to
+
+
+def test_prefetch_is_a_step_ahead_and_follows_jumps():
+    main, loaded = threading.current_thread(), []
+
+    def load(step: int) -> list[int]:
+        assert threading.current_thread() is not main
+        loaded.append(step)
+        return [step]
+
+    fetch = Prefetch(load)
+    for step in (3, 4, 4, 9, 10):
+        assert fetch(step) == [step]
+    assert fetch(10) is fetch(10)
+    fetch(11)
+    assert loaded[:-1] == [3, 4, 5, 9, 10, 11]  # and 12, or not yet
+
+
+def test_what_a_load_raises_comes_when_its_step_does():
+    fetch = Prefetch(lambda step: 1 // (5 - step))
+    assert fetch(4) == 1
+    with pytest.raises(ZeroDivisionError):
+        fetch(5)
 
 
 # Augmentation ---------------------------------------------------------------------------------------------

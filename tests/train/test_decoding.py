@@ -222,7 +222,7 @@ def test_a_broken_image_is_replaced_by_the_next_of_its_class(cfg):
         os.truncate(path, 20)
     images = load_images(cfg, "train").images
     assert greys(images[torch.arange(12)]) == expected[:12]
-    with pytest.raises(ValueError, match="None of the 9 images of class 'dog' of .* can be read"):
+    with pytest.raises(OSError, match="None of the 9 images of class 'dog' of .* can be read"):
         images[torch.tensor([0, 15])]
 
 
