@@ -26,12 +26,13 @@ CHOICES = {
     "augment": ("flip", "shift", "crop"),  # see train.data.augment
     "mixed_precision": ("no", "bf16", "fp16"),
     "codes": ("stored", "on-the-fly"),
+    "adversarial": ("", "patchgan"),
     "perceptual": ("", "efficientnet-lite0", "lpips-vgg"),  # see train.losses
     "decode": ("once", "on-the-fly"),
 }
 FRACTIONS = {"dropout", "label_dropout", "min_lr_ratio", "beta1", "beta2", "ema_decay", "revive_until"}
 MAY_BE_ZERO = {"limit", "seed", "warmup_steps", "weight_decay", "grad_clip", "quantizer_weight", "commitment",
-               "quantize_from", "prefixes_per_step"}
+               "quantize_from", "prefixes_per_step", "adversarial_from", "lecam_weight"}
 
 
 @dataclass
@@ -115,6 +116,13 @@ class TokenizerStage(StageConfig):
     commitment: float = 0.25  # weight of the commitment part in it
     perceptual: str = ""  # "efficientnet-lite0" or "lpips-vgg" = a loss in that network's features; "" = none
     perceptual_weight: float = 0.5  # gradient at the pixels / that of the squared error
+    perceptual_size: int = 128  # pixels; efficientnet-lite0 sees smaller images enlarged to so many
+    adversarial: str = ""  # "patchgan" = an adversarial loss on the full prefix, see train.adversarial; "" = none
+    adversarial_weight: float = 0.3  # gradient at the pixels / that of the squared error
+    adversarial_from: int = 0  # steps before it
+    discriminator_width: int = 64  # channels of the first layer, a multiple of 8
+    discriminator_lr: float = 2e-4  # learning rate, constant
+    lecam_weight: float = 0.001  # weight of the LeCAM regularisation; 0 = none
     prefixes_per_step: int = 1  # sampled prefix lengths a step, beside the full one
     quantize_from: int = 200  # steps of plain autoencoding before; the codebook then starts at what is encoded
     revive_after: int = 100  # steps without use after which a code is revived from the batch

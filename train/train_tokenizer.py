@@ -8,15 +8,15 @@ The loss of a step, on a batch of images x with full prefix N and S sampled pref
     L = ||D_N - x||² + sum_k w_k ||D_k - x_k||² + quantizer_weight (codebook + commitment * commitment),
     w_k = 0.5 min(8, H / r_k),   ||.||² = mean over pixels,
 
-and, where `train_tokenizer.perceptual` names a network, the perceptual distance of D_N, and of one D_k with
-k >= N / 4, at a weight that follows its gradient (`losses.GradientShare`).
+and, where they are switched on, the perceptual distance of D_N and of one D_k with k >= N / 4, and an adversarial loss
+of D_N (`train.adversarial`), each at a weight that follows its gradient (`losses.GradientShare`).
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +25,13 @@ from spectralar.quantizer import CodebookRevival, codebook_statistics
 from spectralar.spectral import low_pass
 from spectralar.tokenizer import SpectralTokenizer
 
+from .adversarial import AdversarialTerm
 from .checkpoints import publish
 from .command_line import clear_errors, parse_arguments, read_split
-from .config import Config
+from .config import Config, TokenizerStage
 from .data import ImageSet, augment, to_float
 from .engine import Run, evenly, image_grid, make_ema, make_optimizer
-from .losses import GradientShare, make_perceptual_loss, perceptual_loss
+from .losses import PerceptualTerm
 
 REVIVAL_EVERY = 10  # steps between looks for dead codes: each look waits for the device
 EVAL_IMAGES, SHOWN_IMAGES = 1024, 10
@@ -89,6 +90,25 @@ def averaged_parameters(model: SpectralTokenizer) -> list[torch.nn.Parameter]:
     return [p for name, p in model.named_parameters() if name != "quantizer.codebook"]
 
 
+def pixel_terms(
+    run: Run, stage: TokenizerStage, in_channels: int, cutoffs: Tensor
+) -> tuple[dict[str, PerceptualTerm | AdversarialTerm], dict[str, Any]]:
+    """The losses beside the squared error that are switched on, and what of them no checkpoint may differ in."""
+    terms: dict[str, PerceptualTerm | AdversarialTerm] = {}
+    facts = {"perceptual": stage.perceptual, "adversarial": stage.adversarial}
+    if stage.perceptual:
+        try:
+            terms["perceptual"] = PerceptualTerm(stage, cutoffs, run.accelerator)
+        except ImportError as error:
+            run.exit(str(error))
+    if stage.adversarial:
+        if stage.mixed_precision == "fp16":
+            run.exit("An adversarial loss trains with train_tokenizer.mixed_precision bf16 or 'no', not fp16.")
+        terms["adversarial"] = AdversarialTerm(stage, in_channels, run.accelerator)
+        facts["discriminator_width"] = stage.discriminator_width
+    return terms, facts
+
+
 def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     stage, accelerator, num_tokens = config.train_tokenizer, run.accelerator, config.tokenizer.num_tokens
     device = accelerator.device
@@ -100,24 +120,19 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     ema = make_ema(averaged, stage.ema_decay)
     revival, revived = CodebookRevival(tokenizer.quantizer, stage.revive_after, stage.seed), 0
     accelerator.register_for_checkpointing(ema, revival)
-    if stage.perceptual:
-        try:
-            distance = make_perceptual_loss(stage.perceptual).to(device)
-        except ImportError as error:
-            run.exit(str(error))
-        share = GradientShare(stage.perceptual_weight, device)
-        accelerator.register_for_checkpointing(share)
     cutoffs = torch.tensor((1, *tokenizer.cutoffs), device=device)  # indexed by prefix length
+    terms, facts = pixel_terms(run, stage, tokenizer.config.in_channels, cutoffs)
     eval_images = heldout.images[evenly(len(heldout), EVAL_IMAGES)]
     run.print(f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.2f} M parameters, {len(data)} images.")
 
     fetch = run.prefetch(data)
-    done = run.resume(train_tokenizer={"perceptual": stage.perceptual})
+    done = run.resume(train_tokenizer=facts)
     ema.to(device)  # a checkpoint is loaded to the CPU
     for step in run.steps(done):
         with run.clock.data():
             lengths = sample_lengths(stage.batch_size, stage.prefixes_per_step, num_tokens, run.generator(step, 0))
         quantize = step >= stage.quantize_from
+        at_work = [term for term in terms.values() if step >= term.first_step]
         sums: dict[str, Tensor] = {}
         parts: list[tuple[Tensor, Tensor]] = []
         for part, (_, slot, slots) in enumerate(run.micro_batches(len(data), step)):
@@ -135,18 +150,17 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
                 losses |= {"codebook": quantized.codebook_loss, "commitment": quantized.commitment_loss}
                 quantizer = losses["codebook"] + stage.commitment * losses["commitment"]
                 loss = losses["full"] + losses["prefix"] + stage.quantizer_weight * quantize * quantizer
-                if stage.perceptual:
-                    with accelerator.autocast():
-                        losses["perceptual"] = perceptual_loss(distance, frames, x, own, cutoffs)
-                    loss = loss + share(losses["perceptual"], frames, losses["full"])
+                for term in at_work:
+                    values, weighted = term(frames, x, own, losses["full"], synchronise)
+                    losses, loss = losses | values, loss + weighted
                 accelerator.backward(loss / stage.grad_accumulation)
             parts.append((quantized.codes, latents.detach()))
             for name, value in losses.items():
                 sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0) + value.detach() / stage.grad_accumulation
         norm = run.optimise(optimizer, list(model.parameters()), sums, step)
         ema.step(averaged)
-        if stage.perceptual:
-            share.step(partial(accelerator.reduce, reduction="sum"))
+        for term in at_work:
+            term.step()
         revive = step % REVIVAL_EVERY == 0 and step < stage.revive_until * stage.steps
         codes, latents = (torch.cat(x) for x in zip(*parts, strict=True))
         if step + 1 == stage.quantize_from:
@@ -158,8 +172,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
         if run.due(stage.log_every, done):
             values = dict(zip(sums, run.mean(torch.stack([*sums.values()])).tolist(), strict=True))
             values |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"], "revived": revived}
-            if stage.perceptual:
-                values["perceptual_weight"] = float(share.weight)
+            values |= {f"{name}_weight": float(term.share.weight) for name, term in terms.items()}
             run.log_step(values, done)
             revived = 0
         measure, show = run.due(stage.eval_every, done), run.due(stage.sample_every, done) and run.is_main

@@ -20,11 +20,12 @@ def newest_step(output: Path, stage: str) -> int:
 
 
 def training_state(output: Path, stage: str) -> dict:
-    """Weights, optimiser, averaged weights and, in stage 1, idle steps of the codes: all that a step depends on."""
+    """Weights, optimisers, averaged weights and, in stage 1, idle steps of the codes: all that a step depends on."""
     folder = newest_checkpoint(output, stage)
-    state = {path.name: torch.load(path, weights_only=True) for path in folder.glob("custom_checkpoint_*.pkl")}
-    state["optimizer"] = torch.load(folder / "optimizer.bin", weights_only=True)
-    return {"weights": load_file(folder / "model.safetensors"), **state}
+    paths = [*folder.glob("custom_checkpoint_*.pkl"), *folder.glob("optimizer*.bin")]
+    state = {path.name: torch.load(path, weights_only=True) for path in paths}
+    discriminator = {path.name: load_file(path) for path in folder.glob("model_1.safetensors")}
+    return {"weights": load_file(folder / "model.safetensors"), **state, **discriminator}
 
 
 def metrics(output: Path, stage: str) -> list[dict]:
