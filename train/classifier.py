@@ -86,8 +86,16 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, H) in [-1, 1] -> (B, num_features)."""
+        return self.views(images)[0]
+
+    def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The features (B, num_features), and the last map of 8 x 8, (B, W, 8, 8); W = 0 for images of 8 pixels."""
         x = self.stem(images.contiguous(memory_format=torch.channels_last))  # (B, width, H/2, H/2)
-        return self.stages(x).mean(dim=(2, 3))  # (B, W)
+        coarse = x[:, :0]
+        for stage in self.stages:
+            coarse = x if x.shape[-1] == 2 * SMALLEST_MAP else coarse
+            x = stage(x)
+        return x.mean(dim=(2, 3)), coarse  # (B, W)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, H) in [-1, 1] -> logits (B, num_classes)."""

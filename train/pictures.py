@@ -10,8 +10,7 @@ from torch import Tensor
 from spectralar import SpectralARPipeline
 
 from .data import to_float
-from .report import draw_grid
-from .sample_bank import sample_bank
+from .report_figures import draw_grid
 
 ROWS, COLUMNS = 10, 10  # of a sheet
 
@@ -24,16 +23,22 @@ def shown_classes(num_classes: int) -> list[int]:
 
 @torch.no_grad()
 def draw_samples(
-    pipe: SpectralARPipeline, folder: Path, seed: int, guidance_scales: list[float], best: float, lengths: list[int]
+    pipe: SpectralARPipeline, folder: Path, codes: dict[float, Tensor], best: float, lengths: list[int]
 ) -> None:
-    """A sheet for each guidance scale, one row a class; at the scale `best` also prefixes of the first column."""
-    names, classes = pipe.class_names, shown_classes(len(pipe.class_names))
-    rows, device = [names[c] for c in classes], pipe.tokenizer.device
-    for scale in guidance_scales:
-        codes, _ = sample_bank(pipe, folder / "samples", COLUMNS * len(names), scale, seed)
-        sheet = codes.view(COLUMNS, len(names), -1)[:, classes].transpose(0, 1).to(device)  # (rows, COLUMNS, N)
+    """A sheet for each guidance scale, one row a class; at the scale `best` also prefixes of the first column.
+
+    Args:
+        codes: (n, N) of the sample bank by guidance scale, in which image i has class i mod the number of classes.
+    """
+    names = pipe.class_names
+    for scale, bank in codes.items():
+        columns = max(1, min(COLUMNS, len(bank) // len(names)))
+        classes = [c for c in shown_classes(len(names)) if c < len(bank)]
+        index = torch.tensor(classes)[:, None] + len(names) * torch.arange(columns)  # (rows, columns)
+        index = index.clamp(max=len(bank) - 1)
+        sheet, rows = bank[index].to(pipe.tokenizer.device), [names[c] for c in classes]
         images = torch.stack([pipe.tokenizer.decode(row).float().cpu() for row in sheet])
-        draw_grid(images, rows, [""] * COLUMNS, folder / "figures" / f"samples-{scale:g}.png")
+        draw_grid(images, rows, [""] * columns, folder / "figures" / f"samples-{scale:g}.png")
         if scale == best:
             frames = pipe.tokenizer.decode(sheet[:, 0], lengths).float().cpu()
             draw_grid(frames, rows, [f"k = {k}" for k in lengths], folder / "figures" / "sample-prefixes.png")

@@ -12,38 +12,54 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from spectralar.pipeline import SpectralARPipeline
 
 from .codes import fingerprint, shard_identity, write_shard
+from .processes import Team
 
 SHARD = 250  # images, generated side by side
 
 
 def sample_bank(
-    pipe: SpectralARPipeline, folder: Path, samples: int, guidance_scale: float, seed: int
+    pipe: SpectralARPipeline, folder: Path, samples: int, guidance_scale: float, seed: int, team: Team
 ) -> tuple[Tensor, Tensor]:
     """Codes (n, N) int64 and labels (n,) int64 of `samples` images; generates what the folder does not hold yet.
 
-    Shards of another model, seed or guidance scale are replaced. Temperature 1, no top-k, no top-p.
+    Shards of another model, seed or guidance scale are replaced. Temperature 1, no top-k, no top-p. Of several
+    processes each makes some of the shards; on several machines they have to share the folder.
+
+    Raises:
+        SystemExit: if the folder does not hold all shards in the end.
     """
     model = {"tokenizer": fingerprint(pipe.tokenizer), "transformer": fingerprint(pipe.transformer)}
-    num_classes = pipe.transformer.config.num_classes
+    labels = torch.arange(samples) % pipe.transformer.config.num_classes
+
+    def shard(start: int) -> tuple[Path, dict[str, str]]:
+        identity = {**model, "guidance_scale": str(guidance_scale), "seed": str(seed), "start": str(start)}
+        return folder / f"guidance-{guidance_scale:g}" / f"{start:07d}.safetensors", identity
+
+    def fill(indices: Tensor) -> None:
+        path, identity = shard(int(indices[0]))
+        if len(_stored_codes(path, identity)) < len(indices):
+            generators = [torch.Generator().manual_seed((seed + i) % 2**63) for i in indices.tolist()]
+            output = pipe(
+                labels[indices], guidance_scale=guidance_scale, generator=generators, output_type="latent"
+            )
+            write_shard(path, output.codes.cpu(), labels[indices], identity)
+
+    team.map(fill, SHARD, f"sampling, guidance scale {guidance_scale:g}", torch.arange(samples))
+    team.wait()
     parts = []
-    with tqdm(total=samples, desc=f"sampling, guidance scale {guidance_scale:g}", unit="img", leave=False) as bar:
-        for start in range(0, samples, SHARD):
-            count = min(SHARD, samples - start)
-            path = folder / f"guidance-{guidance_scale:g}" / f"{start:07d}.safetensors"
-            identity = {**model, "guidance_scale": str(guidance_scale), "seed": str(seed), "start": str(start)}
-            codes = load_file(path)["codes"] if shard_identity(path) == identity else torch.empty(0)
-            if len(codes) < count:
-                indices = range(start, start + count)
-                labels = torch.tensor([i % num_classes for i in indices])
-                generators = [torch.Generator().manual_seed((seed + i) % 2**63) for i in indices]
-                output = pipe(labels, guidance_scale=guidance_scale, generator=generators, output_type="latent")
-                codes = output.codes.cpu()
-                write_shard(path, codes, labels, identity)
-            parts.append(codes[:count].long())
-            bar.update(count)
-    return torch.cat(parts), torch.arange(samples) % num_classes
+    for start in range(0, samples, SHARD):
+        path, identity = shard(start)
+        parts.append(_stored_codes(path, identity)[:SHARD].long())
+    codes = torch.cat(parts)
+    if len(codes) < samples:
+        raise SystemExit(f"{folder} lacks samples that other processes made: all machines have to share it.")
+    return codes[:samples], labels
+
+
+def _stored_codes(path: Path, identity: dict[str, str]) -> Tensor:
+    """Codes of a shard; none if it is missing, damaged or of another identity."""
+    return load_file(path)["codes"] if shard_identity(path) == identity else torch.empty(0)

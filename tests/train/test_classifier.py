@@ -60,11 +60,12 @@ def run(preset, output, *options: str) -> None:
 def test_features_come_from_a_map_of_four_by_four(size, channels, features):
     model = Classifier(size, channels, num_classes=5, width=6, blocks=2).eval()
     maps = []
-    model.stages.register_forward_hook(lambda module, inputs, output: maps.append(output.shape))
+    model.stages[-1].register_forward_hook(lambda module, inputs, output: maps.append(output.shape))
     x = torch.randn(3, channels, size, size)
     assert model.num_features == features
     assert model.features(x).shape == (3, features)
     assert maps == [(3, features, 4, 4)]
+    assert model.views(x)[1].shape == ((3, features // 2, 8, 8) if size > 8 else (3, 0, 4, 4))
     torch.testing.assert_close(model(x), model.head(model.features(x)))
 
 

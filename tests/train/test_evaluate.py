@@ -17,9 +17,11 @@ from train import sample_bank as bank
 from train.classifier import Classifier, load_classifier, save_classifier
 from train.config import load_config
 from train.data import load_images, to_float
+from train.engine import make_accelerator
 from train.evaluate import main
-from train.judges import Judge, Judged, compare
+from train.judges import ClassifierJudge, Judged, compare
 from train.metrics import frechet_distance, inception_score, manifold_metrics
+from train.processes import Team
 
 CLASSES = ["bag", "boot", "shirt", "sneaker"]
 SAMPLES, MANY, SCALES = 22, 40, [1.0, 2.5]
@@ -36,7 +38,7 @@ def files(tmp_path_factory):
                 pixels = random.integers(light, 156 + light, (16, 16))
                 pixels[4 * label : 4 * label + 4] //= 2
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / split / name / f"{i}.png")
-    data = {"source": str(folder / "images"), "image_size": 16, "channels": 1}
+    data = {"source": str(folder / "images"), "image_size": 16, "channels": 1, "cache": str(folder / "cache")}
     (folder / "tiny.yaml").write_text(yaml.safe_dump({"name": "tiny", "data": data}))
     pipe = tiny_pipeline(dtype=torch.float32, id2label=dict(enumerate(CLASSES)))
     pipe.save_pretrained(folder / "pipeline")
@@ -53,10 +55,17 @@ def files(tmp_path_factory):
     return folder
 
 
+def assert_same(result: dict, expected: dict, rel: float) -> None:
+    """Of one judge's measures and their errors."""
+    assert result.pop("errors") == pytest.approx(expected.pop("errors"), rel=10 * rel)
+    assert result == pytest.approx(expected, rel=rel)
+
+
 def evaluate(files, output, *options) -> dict:
     arguments = [
         files / "pipeline", "--config", files / "tiny.yaml", "--output", output,  # the judge lies beside the pipeline
         "--samples", SAMPLES, "--images", 1000, "--prefix-images", 10, "--threads", 1, *options,
+        *([] if "--perceptual" in options else ["--perceptual", "none"]),
         *([] if "--guidance-scales" in options else ["--guidance-scales", *SCALES]),
     ]  # fmt: skip
     main([str(argument) for argument in arguments])
@@ -85,7 +94,7 @@ def truth(files):
     pipe = SpectralARPipeline.from_pretrained(files / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     data = load_config(str(files / "tiny.yaml")).data
-    return pipe, Judge(load_classifier(files / "classifier")[0], torch.device("cpu")), {
+    return pipe, ClassifierJudge(files / "classifier", torch.device("cpu")), {
         split: load_images(data, split) for split in ("train", "eval")
     }  # fmt: skip
 
@@ -101,8 +110,9 @@ def test_reconstruction_is_that_of_all_held_out_images(all_prefixes, truth):
     assert result["images"] == len(x) == 32
     assert result["psnr"] == pytest.approx(float(psnr(decoded, x).mean()), rel=1e-5)
     assert result["ssim"] == pytest.approx(float(ssim(decoded, x).mean()), abs=1e-5)
-    expected = compare(judge(x), judge(decoded), splits["eval"].labels, 32)
-    assert result == pytest.approx({**expected, "psnr": result["psnr"], "ssim": result["ssim"]}, rel=1e-4)
+    assert result["errors"]["psnr"] == pytest.approx(float(psnr(decoded, x).std()) / 32**0.5, rel=1e-4)
+    expected = compare(judge(x), judge(decoded), splits["eval"].labels, 32, paired=True)
+    assert_same(result["judged"]["classifier"], expected, rel=1e-4)
 
 
 def test_every_prefix_length_is_measured_against_the_image_and_its_low_pass(evaluated, all_prefixes, truth):
@@ -112,7 +122,7 @@ def test_every_prefix_length_is_measured_against_the_image_and_its_low_pass(eval
     assert result["images"] == 10
     assert result["length"] == list(range(1, 13)) and result["cutoff"] == list(tokenizer.cutoffs)
     assert result["psnr_image"][-1] == pytest.approx(result["psnr_low_pass"][-1])  # x_N is the image
-    assert [m["length"] for m in result["judged"]] == [1, 2, 4, 8, 12]
+    assert result["shown"] == [m["length"] for m in result["judged"]["classifier"]] == [1, 2, 4, 8, 12]
     assert all_prefixes["prefixes"]["images"] == 32
     with torch.no_grad():
         frames = tokenizer.decode(tokenizer.encode(x), list(range(1, 13)))
@@ -133,14 +143,14 @@ def test_judged_prefixes_are_compared_with_low_passes_of_the_same_cutoff(all_pre
         target = judge(nested_targets(x, pipe.tokenizer.cutoffs)[:, k - 1])
         rebuilt = judge(pipe.tokenizer.decode(pipe.tokenizer.encode(x), k).detach())
         generated = judge(pipe.tokenizer.decode(codes[:32], k).detach())  # as many as there are images
-        assert all_prefixes["prefixes"]["judged"][column] == pytest.approx(
+        assert all_prefixes["prefixes"]["judged"]["classifier"][column] == pytest.approx(
             {
                 "length": k, "accuracy_low_pass": target.accuracy(labels), "accuracy": rebuilt.accuracy(labels),
                 "fd": frechet_distance(target.features, rebuilt.features),
             },
             rel=1e-3, abs=1e-6,
         )  # fmt: skip
-        measured = all_prefixes["samples"][1]["prefixes"][column]
+        measured = all_prefixes["samples"][1]["prefixes"]["classifier"][column]
         assert measured["images"] == 32
         assert measured["accuracy"] == generated.accuracy(classes[:32])
         assert measured["fd"] == pytest.approx(frechet_distance(target.features, generated.features), rel=1e-3)
@@ -174,27 +184,31 @@ def test_samples_are_measured_in_full_at_every_guidance_scale(evaluated, all_pre
         generators = [torch.Generator().manual_seed(i) for i in range(MANY)]
         out = pipe(classes, guidance_scale=m["guidance_scale"], generator=generators, output_type="pt")
         expected = compare(judge(to_float(splits["eval"].images)), judge(out.images * 2 - 1), classes, 32)
-        assert {key: m[key] for key in expected} == pytest.approx(expected, rel=1e-3)
+        assert_same(m["judged"]["classifier"], expected, rel=1e-3)
         pixels = np.load(evaluated[0] / f"samples-{m['guidance_scale']:g}.npz")["arr_0"]
         assert pixels.shape == (SAMPLES, 16, 16, 3) and pixels.dtype == np.uint8
         assert np.abs(pixels[..., 0] / 255 - out.images[:SAMPLES, 0].numpy()).max() < 0.51 / 255
-    best = min(all_prefixes["samples"], key=lambda m: m["fd"])
+    best = min(all_prefixes["samples"], key=lambda m: m["judged"]["classifier"]["fd"])
     assert all_prefixes["best_guidance_scale"] == best["guidance_scale"]
 
 
 def test_all_sets_of_a_report_have_their_neighbours_among_equally_many(evaluated):
     results = evaluated[1]
-    sets = [results["reconstruction"], results["references"]["train"], *results["samples"]]
+    sets = [results["reconstruction"], *results["samples"]]
+    sets = [results["references"]["train"]["classifier"], *(m["judged"]["classifier"] for m in sets)]
     assert [m["manifold_images"] for m in sets] == [SAMPLES] * 4
-    assert [m["images"] for m in sets] == [32, SAMPLES, SAMPLES, SAMPLES]
+    assert [m["images"] for m in sets] == [SAMPLES, 32, SAMPLES, SAMPLES]
 
 
 def test_neighbours_are_those_of_the_first_images_of_both_sets():
-    real, fake = (Judged(torch.randn(n, 3), torch.randn(n, 4).softmax(1)) for n in (30, 20))
+    real, fake = (
+        Judged(torch.randn(n, 3), torch.randn(n, 2), torch.randn(n, 4).softmax(1), torch.zeros(n, 4)) for n in (30, 20)
+    )
     result = compare(real, fake, torch.arange(20) % 4, manifold_images=12)
     expected = manifold_metrics(real.features[:12], fake.features[:12])
     assert {name: result[name] for name in expected} == expected
     assert result["fd"] == frechet_distance(real.features, fake.features)  # of all
+    assert result["sfd"] == frechet_distance(real.spatial, fake.spatial)
     assert result["inception_score"] == inception_score(fake.probabilities)
 
 
@@ -211,14 +225,16 @@ def test_the_judge_sees_8_bits(truth):
 
 def test_report_has_every_number_that_it_depends_on_and_every_figure(evaluated, files):
     output, results = evaluated
-    text = (output / "results.md").read_text()
+    text = (output / "report.md").read_text()
     card = json.loads((files / "classifier" / "classifier.json").read_text())
     for part in (card["sha256"], results["command"], f"torch {torch.__version__.split('+')[0]}", "seed 0", "2.5"):
         assert part in text
     assert f"--samples {SAMPLES}" in results["command"]
-    assert f"| {results['reconstruction']['psnr']:.2f} dB |" in text
-    for m in results["samples"]:
-        assert f"| {m['fd']:.3f} | {m['inception_score']:.2f} | {m['accuracy']:.2%} |" in text
+    assert f"| {results['reconstruction']['psnr']:.2f} ± " in text
+    for m in (m["judged"]["classifier"] for m in results["samples"]):
+        cells = [(m["fd"], m["errors"]["fd"], 3), (m["sfd"], m["errors"]["sfd"], 3)]
+        fd, sfd = (f"{value:.{digits}f} ± {1.96 * error:.{digits}f}" for value, error, digits in cells)
+        assert f"| {SAMPLES} | {fd} | {sfd} |" in text and f"| {100 * m['accuracy']:.2f} ± " in text
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):  # every row as long as its head
         assert len({line.count("|") for line in block.splitlines()}) == 1
     linked = re.findall(r"\]\((figures/.*?)\)", text)
@@ -236,7 +252,7 @@ def test_sheets_show_the_first_samples_of_each_class(evaluated, truth):
     out = pipe([1], guidance_scale=2.5, generator=torch.Generator().manual_seed(index), output_type="np")
     side, gap, left, top = 64, 4, 100, 24
     tile = sheet[top + side + gap :, left + 2 * (side + gap) :][:side, :side]
-    assert sheet.shape == (top + 4 * (side + gap), left + 10 * (side + gap))
+    assert sheet.shape == (top + 4 * (side + gap), left + 5 * (side + gap))
     expected = out.images[0, ..., 0].repeat(4, axis=0).repeat(4, axis=1) * 255
     assert np.abs(tile - expected).max() < 2
 
@@ -259,32 +275,36 @@ def small_pipe(monkeypatch):
     return pipe, made
 
 
+def fill(pipe, folder, samples, guidance_scale, seed):
+    return bank.sample_bank(pipe, folder, samples, guidance_scale, seed, Team(make_accelerator()))
+
+
 def test_bank_goes_on_where_it_was_and_keeps_what_it_has(small_pipe, tmp_path):
     pipe, made = small_pipe
-    first, labels = bank.sample_bank(pipe, tmp_path, 10, 2.0, seed=0)
+    first, labels = fill(pipe, tmp_path, 10, 2.0, seed=0)
     assert made == [4, 4, 2] and labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
-    again, _ = bank.sample_bank(pipe, tmp_path, 10, 2.0, seed=0)
-    fewer, _ = bank.sample_bank(pipe, tmp_path, 5, 2.0, seed=0)
+    again, _ = fill(pipe, tmp_path, 10, 2.0, seed=0)
+    fewer, _ = fill(pipe, tmp_path, 5, 2.0, seed=0)
     assert made == [4, 4, 2]  # nothing more
-    more, _ = bank.sample_bank(pipe, tmp_path, 13, 2.0, seed=0)
+    more, _ = fill(pipe, tmp_path, 13, 2.0, seed=0)
     assert made == [4, 4, 2, 4, 1]  # the one that was not full, and the rest
     assert torch.equal(first, again) and torch.equal(first[:5], fewer) and torch.equal(first, more[:10])
 
 
 def test_bank_replaces_what_is_damaged_or_of_another_model_or_seed(small_pipe, tmp_path):
     pipe, made = small_pipe
-    first, _ = bank.sample_bank(pipe, tmp_path, 8, 2.0, seed=0)
+    first, _ = fill(pipe, tmp_path, 8, 2.0, seed=0)
     damaged = sorted(tmp_path.rglob("*.safetensors"))[1]
     damaged.write_bytes(damaged.read_bytes()[:-9])
-    again, _ = bank.sample_bank(pipe, tmp_path, 8, 2.0, seed=0)
+    again, _ = fill(pipe, tmp_path, 8, 2.0, seed=0)
     assert made == [4, 4, 4] and torch.equal(first, again)
-    other, _ = bank.sample_bank(pipe, tmp_path, 8, 2.0, seed=100)
+    other, _ = fill(pipe, tmp_path, 8, 2.0, seed=100)
     assert len(made) == 5 and not torch.equal(first, other)
     with torch.no_grad():
         pipe.transformer.head.weight.neg_()
-    bank.sample_bank(pipe, tmp_path, 8, 2.0, seed=100)
+    fill(pipe, tmp_path, 8, 2.0, seed=100)
     assert len(made) == 7
-    bank.sample_bank(pipe, tmp_path, 8, 3.0, seed=100)
+    fill(pipe, tmp_path, 8, 3.0, seed=100)
     assert len(made) == 9
 
 
