@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         hidden_size, num_heads, encoder_layers, decoder_layers, mlp_ratio: size of the two ViTs.
     """
 
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
     _supports_group_offloading = False  # its hooks sit on `forward`, and inference runs without it
 
     @register_to_config
@@ -71,6 +72,7 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = False  # see `enable_gradient_checkpointing`
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} must be a multiple of patch_size {patch_size}.")
         if codebook_sizes is not None and len(codebook_sizes) != num_tokens:
@@ -124,7 +126,7 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         x = torch.cat([x, self.queries[:n].expand(batch, -1, -1).to(x.dtype)], dim=1)  # (B, P + n, D)
         mask = encoder_mask(self.num_patches, n, x.device)
         for block in self.encoder:
-            x = block(x, mask)
+            x = self._checkpointed(block, x, mask)
         return self.to_latent(self.encoder_norm(x[:, self.num_patches :]))  # (B, n, d)
 
     def encode(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
@@ -212,20 +214,25 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         With a cache, x holds the tokens from `position` on and the pairs returned hold all tokens so far.
         """
         pairs: LayerKV = []
-        for layer, block in enumerate(self.decoder):
-            q, k, v = block.attn.qkv(block.norm1(x))
-            if cache is not None:
-                k, v = cache.write(layer, position, k, v)
-            pairs.append((k, v))
-            if layer + 1 == len(self.decoder):
-                break  # nobody reads what the last layer would make of the spectral tokens
-            mask = None
-            if position > 0 and q.shape[2] > 1:  # several new tokens behind old ones: causal, shifted
-                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(position)
-            causal = mask is None and q.shape[2] > 1
-            x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
-            x = x + block.mlp(block.norm2(x))
+        for layer in range(len(self.decoder)):
+            x, *pair = self._checkpointed(self._token_layer, layer, x, cache, position)
+            pairs.append(tuple(pair))
         return pairs
+
+    def _token_layer(self, layer: int, x: Tensor, cache: KVCache | None, position: int) -> tuple[Tensor, ...]:
+        """A decoder layer on spectral tokens (B, n, D): its output, and the keys and values in it."""
+        block = self.decoder[layer]
+        q, k, v = block.attn.qkv(block.norm1(x))
+        if cache is not None:
+            k, v = cache.write(layer, position, k, v)
+        if layer + 1 == len(self.decoder):
+            return x, k, v  # nobody reads what the last layer would make of the spectral tokens
+        mask = None
+        if position > 0 and q.shape[2] > 1:  # several new tokens behind old ones: causal, shifted
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(position)
+        causal = mask is None and q.shape[2] > 1
+        x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
+        return x + block.mlp(block.norm2(x)), k, v
 
     def _render(self, kv: LayerKV, cutoffs: Tensor, visible: Tensor | None = None) -> Tensor:
         """Mask tokens look at spectral keys and values; cutoffs (), (S,) or (B, S) -> images (B, S, C, H, H).
@@ -240,18 +247,31 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
             mask = F.pad(visible, (p, 0), value=True)  # (B S, 1, 1, P + n): mask tokens see all mask tokens
         x = self.mask_tokens.expand(rows, -1, -1)  # (B S, P, D)
         for block, (token_k, token_v) in zip(self.decoder, kv, strict=True):
-            q, k, v = block.attn.qkv(block.norm1(x))
-            if frames > 1:
-                token_k, token_v = (t.repeat_interleave(frames, dim=0) for t in (token_k, token_v))
-            k, v = torch.cat([k, token_k], dim=2), torch.cat([v, token_v], dim=2)  # (B S, heads, P + n, head_dim)
-            x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-            x = x + block.mlp(block.norm2(x))
+            x = self._checkpointed(self._mask_token_layer, block, x, token_k, token_v, frames, mask)
         x = self.to_pixels(self.decoder_norm(x))  # (B S, P, C p p)
         grid, patch = self.config.image_size // self.config.patch_size, self.config.patch_size
         x = x.view(rows, grid, grid, self.config.in_channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
         x = x.reshape(rows, self.config.in_channels, grid * patch, grid * patch)  # (B S, C, H, H)
         x = x + self.seam_conv(x)
         return low_pass(x.unflatten(0, (batch, frames)), cutoffs)  # (B, S, C, H, H)
+
+    @staticmethod
+    def _mask_token_layer(
+        block: Block, x: Tensor, token_k: Tensor, token_v: Tensor, frames: int, mask: Tensor | None
+    ) -> Tensor:
+        """A decoder layer on mask tokens x (B S, P, D), which also see keys and values (B, heads, n, head_dim)."""
+        q, k, v = block.attn.qkv(block.norm1(x))
+        if frames > 1:
+            token_k, token_v = (t.repeat_interleave(frames, dim=0) for t in (token_k, token_v))
+        k, v = torch.cat([k, token_k], dim=2), torch.cat([v, token_v], dim=2)  # (B S, heads, P + n, head_dim)
+        x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+        return x + block.mlp(block.norm2(x))
+
+    def _checkpointed(self, function: Callable, *args: Any) -> Any:
+        """function(*args); with gradient checkpointing, what it computes on the way is computed again, not kept."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(function, *args)
+        return function(*args)
 
     # ------------------------------------------------------------------------------------------------ checks
 

@@ -60,7 +60,7 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
             et al., 2023): a third fewer parameters.
     """
 
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
     _supports_group_offloading = False  # its hooks sit on `forward`, and inference runs without it
     _no_split_modules = ["AdaLNBlock"]
 
@@ -78,6 +78,7 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
         shared_adaln: bool = False,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = False  # see `enable_gradient_checkpointing`
         self.class_embed = nn.Embedding(num_classes + 1, hidden_size)
         self.token_embed = nn.Embedding(codebook_size, hidden_size)
         self.position = nn.Parameter(torch.empty(num_tokens, hidden_size))
@@ -185,7 +186,11 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
 
     def _run(self, x: Tensor, conditioning: Conditioning, cache: KVCache | None = None) -> Tensor:
         for layer, block in enumerate(self.blocks):
-            x = block(x, conditioning.blocks[:, layer], cache, layer)
+            modulation = conditioning.blocks[:, layer]  # (B, 6, D)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, modulation)
+            else:
+                x = block(x, modulation, cache, layer)
         return x
 
     def _logits(self, x: Tensor, conditioning: Conditioning) -> Tensor:

@@ -112,6 +112,7 @@ class StageConfig:
 class TokenizerStage(StageConfig):
     """Stage 1: nested reconstruction."""
 
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: memory for a third more work
     quantizer_weight: float = 0.1  # weight of the codebook + commitment loss
     commitment: float = 0.25  # weight of the commitment part in it
     perceptual: str = ""  # "efficientnet-lite0" or "lpips-vgg" = a loss in that network's features; "" = none
@@ -133,6 +134,7 @@ class TokenizerStage(StageConfig):
 class TransformerStage(StageConfig):
     """Stage 2: next-token prediction."""
 
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: memory for a third more work
     label_dropout: float = 0.1  # probability of the null class, for classifier-free guidance
     codes: str = "stored"  # "stored" = what encode_dataset wrote; "on-the-fly" = encode at each step, augmented
     copies: int = 4  # stored: differently augmented encodings of every image, the first one not augmented

@@ -113,6 +113,8 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     stage, accelerator, num_tokens = config.train_tokenizer, run.accelerator, config.tokenizer.num_tokens
     device = accelerator.device
     tokenizer = SpectralTokenizer(**asdict(config.tokenizer))
+    if stage.gradient_checkpointing:
+        tokenizer.enable_gradient_checkpointing()
     optimizer = make_optimizer(tokenizer, stage)
     model, optimizer = accelerator.prepare(tokenizer, optimizer)
     forward = torch.compile(model) if stage.compile else model

@@ -134,6 +134,8 @@ def train(run: Run, config: Config) -> None:
         num_tokens=tokenizer.config.num_tokens,
         **asdict(config.transformer),
     )
+    if stage.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
     optimizer = make_optimizer(transformer, stage)
     model, optimizer = accelerator.prepare(transformer, optimizer)
     model.train()
