@@ -76,16 +76,17 @@ def cutoff_schedule(image_size: int, num_tokens: int, alpha: float = 1.5) -> tup
     """Cutoffs (r_1, ..., r_N) of the N prefixes, DESIGN section 2.
 
     r_k = min(H, max(1, round(H * (k / N) ** alpha))). alpha > 1 spends more tokens on the low frequencies (the
-    paper's non-uniform token-frequency mapping); alpha = 0.5 opens about equally many coefficients a token.
+    paper's non-uniform token-frequency mapping); alpha = 0.5 opens about equally many coefficients a token;
+    alpha = 0 opens all with the first, which makes nested dropout without spectral targets, a baseline.
     Non-decreasing, ties allowed, r_N = H.
 
     Raises:
-        ValueError: if a size is not positive or alpha is not a positive finite number.
+        ValueError: if a size is not positive or alpha is negative or not finite.
     """
     if image_size < 1 or num_tokens < 1:
         raise ValueError(f"image_size and num_tokens must be at least 1, got {image_size} and {num_tokens}.")
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha must be a positive number, got {alpha}.")
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha must be 0 or a positive number, got {alpha}.")
     return tuple(
         min(image_size, max(1, round(image_size * (k / num_tokens) ** alpha))) for k in range(1, num_tokens + 1)
     )

@@ -114,6 +114,13 @@ def test_nested_codebooks_are_kept_by_the_tokenizer():
 # Decoding -------------------------------------------------------------------------------------------------
 
 
+def test_without_cutoffs_a_prefix_holds_all_frequencies():
+    tokenizer = tiny_tokenizer(alpha=0.0)
+    images = tokenizer.decode(torch.randint(0, K, (2, 1)))
+    spectrum = dct2(images.double()).abs()
+    assert (spectrum[..., 8:, 8:].amax(dim=(-3, -2, -1)) > 1e-3).all()
+
+
 @pytest.mark.parametrize("alpha", [0.5, 1.5])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_prefix_holds_no_frequency_above_its_cutoff(channels, alpha):
@@ -378,7 +385,7 @@ def test_unfit_use_of_the_prefix_decoder():
         ({"codebook_sizes": [4, 8]}, f"codebook_sizes needs one size for each of the {N} tokens"),
         ({"codebook_sizes": [K + 1] * N}, "codebook_sizes must lie between 1 and codebook_size"),
         ({"num_heads": 5}, "hidden_size 32 must be a multiple of num_heads 5"),
-        ({"alpha": 0.0}, "alpha must be a positive number"),
+        ({"alpha": -1.0}, "alpha must be 0 or a positive number"),
     ],
 )
 def test_impossible_configurations(config, message):

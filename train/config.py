@@ -27,12 +27,14 @@ CHOICES = {
     "mixed_precision": ("no", "bf16", "fp16"),
     "codes": ("stored", "on-the-fly"),
     "adversarial": ("", "patchgan"),
+    "prefix_law": ("uniform", "powers", "mixed"),
     "perceptual": ("", "efficientnet-lite0", "lpips-vgg"),  # see train.losses
     "decode": ("once", "on-the-fly"),
 }
 FRACTIONS = {"dropout", "label_dropout", "min_lr_ratio", "beta1", "beta2", "ema_decay", "revive_until"}
 MAY_BE_ZERO = {"limit", "seed", "warmup_steps", "weight_decay", "grad_clip", "quantizer_weight", "commitment",
-               "quantize_from", "prefixes_per_step", "adversarial_from", "lecam_weight"}
+               "quantize_from", "prefixes_per_step", "adversarial_from", "lecam_weight",
+               "alpha"}
 
 
 @dataclass
@@ -62,7 +64,7 @@ class TokenizerConfig:
     in_channels: int = "${data.channels}"  # type: ignore[assignment]  # colour channels; follows the data
     patch_size: int = 8  # pixels; divides image_size
     num_tokens: int = 32  # N, spectral tokens an image
-    alpha: float = 1.5  # exponent of the cutoff schedule; > 1 spends more tokens on low frequencies
+    alpha: float = 1.5  # exponent of the cutoff schedule; > 1 spends more tokens on low frequencies, 0 = no cutoffs
     codebook_size: int = 1024  # K, entries
     codebook_dim: int = 12  # dimension of an entry
     hidden_size: int = 144  # width of encoder and decoder
@@ -124,7 +126,10 @@ class TokenizerStage(StageConfig):
     discriminator_width: int = 64  # channels of the first layer, a multiple of 8
     discriminator_lr: float = 2e-4  # learning rate, constant
     lecam_weight: float = 0.001  # weight of the LeCAM regularisation; 0 = none
-    prefixes_per_step: int = 1  # sampled prefix lengths a step, beside the full one
+    prefixes_per_step: int = 1  # sampled prefix lengths a step, beside the full one; 0 = no nesting
+    prefix_law: str = "mixed"  # of the sampled lengths: "uniform", "powers" (of two), "mixed" = half and half
+    prefix_weight: float = 0.5  # weight of a sampled prefix's squared error, times min(largest_boost, H / r_k)
+    largest_boost: float = 8.0  # of prefixes of few coefficients; 1 = equal weights
     quantize_from: int = 200  # steps of plain autoencoding before; the codebook then starts at what is encoded
     revive_after: int = 100  # steps without use after which a code is revived from the batch
     revive_until: float = 0.8  # fraction of the steps after which no code is revived any more
@@ -190,11 +195,13 @@ def load_config(preset: str, overrides: list[str] | None = None) -> Config:
     schema = OmegaConf.structured(Config)
     merged = _merge(schema, _read_preset(preset), f"Preset {preset!r}")
     for override in overrides or []:
-        key, equals, _ = override.partition("=")
+        key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"Override {override!r} is not key=value, such as train_tokenizer.lr=1e-3.")
         try:
             parsed = OmegaConf.from_dotlist([override])
+            if _dotted_keys(Config).get(key) == "str" and isinstance(OmegaConf.select(parsed, key), bool):
+                OmegaConf.update(parsed, key, text)  # YAML takes "no" for a truth value
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ValueError(f"Override {override!r} cannot be read: {_first_line(error)}.") from error
         merged = _merge(merged, parsed, f"Override {override!r}")

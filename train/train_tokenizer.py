@@ -6,7 +6,7 @@
 The loss of a step, on a batch of images x with full prefix N and S sampled prefix lengths k (DESIGN section 7):
 
     L = ||D_N - x||² + sum_k w_k ||D_k - x_k||² + quantizer_weight (codebook + commitment * commitment),
-    w_k = 0.5 min(8, H / r_k),   ||.||² = mean over pixels,
+    w_k = prefix_weight * min(largest_boost, H / r_k),   ||.||² = mean over pixels,
 
 and, where they are switched on, the perceptual distance of D_N and of one D_k with k >= N / 4, and an adversarial loss
 of D_N (`train.adversarial`), each at a weight that follows its gradient (`losses.GradientShare`).
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from spectralar.quantizer import CodebookRevival, codebook_statistics
-from spectralar.spectral import low_pass
+from spectralar.spectral import low_pass, nested_targets
 from spectralar.tokenizer import SpectralTokenizer
 
 from .adversarial import AdversarialTerm
@@ -37,39 +37,49 @@ REVIVAL_EVERY = 10  # steps between looks for dead codes: each look waits for th
 EVAL_IMAGES, SHOWN_IMAGES = 1024, 10
 
 
-def sample_lengths(batch: int, samples: int, num_tokens: int, generator: torch.Generator) -> Tensor:
-    """Prefix lengths (B, 1 + S): the full one first, then samples, half uniform and half powers of two."""
+def sample_lengths(
+    batch: int, samples: int, num_tokens: int, generator: torch.Generator, law: str = "mixed"
+) -> Tensor:
+    """Prefix lengths (B, 1 + S): the full one first, then samples.
+
+    law: "uniform" on 1..N, "powers" = uniform on the powers of two up to N, "mixed" = one of the two, by half.
+    """
     uniform = torch.randint(1, num_tokens + 1, (batch, samples), generator=generator)
     powers = 2 ** torch.randint(0, num_tokens.bit_length(), (batch, samples), generator=generator)
-    pick = torch.rand(batch, samples, generator=generator) < 0.5
+    pick = torch.rand(batch, samples, generator=generator) < {"uniform": 1.0, "mixed": 0.5, "powers": 0.0}[law]
     sampled = torch.where(pick, uniform, powers.clamp(max=num_tokens))
     return torch.cat([torch.full((batch, 1), num_tokens), sampled], dim=1)
 
 
-def nested_loss(frames: Tensor, images: Tensor, lengths: Tensor, cutoffs: Tensor) -> dict[str, Tensor]:
-    """Weighted squared errors of frames (B, 1 + S, C, H, H) against the low-passes of images (B, C, H, H)."""
+def nested_loss(
+    frames: Tensor, images: Tensor, lengths: Tensor, cutoffs: Tensor, weight: float = 0.5, largest_boost: float = 8.0
+) -> dict[str, Tensor]:
+    """Squared errors of frames (B, 1 + S, C, H, H) against the low-passes of images (B, C, H, H), weighted by w_k."""
     frame_cutoffs = cutoffs[lengths]  # (B, 1 + S)
     targets = low_pass(images.unsqueeze(1), frame_cutoffs)
     error = (frames.float() - targets).square().mean(dim=(2, 3, 4))  # (B, 1 + S)
-    weight = 0.5 * (images.shape[-1] / frame_cutoffs).clamp(max=8.0)
-    return {"full": error[:, 0].mean(), "prefix": (weight * error)[:, 1:].sum(dim=1).mean()}
+    weights = weight * (images.shape[-1] / frame_cutoffs).clamp(max=largest_boost)
+    return {"full": error[:, 0].mean(), "prefix": (weights * error)[:, 1:].sum(dim=1).mean()}
 
 
 @torch.no_grad()
 def evaluate(model: SpectralTokenizer, images: Tensor, device: torch.device) -> dict[str, float]:
-    """PSNR (dB) at the powers of two against the image, at N; perplexity and usage of the codes."""
+    """PSNR (dB) against the image and against x_k, at the powers of two and N; perplexity and usage of the codes."""
     model.eval()
     lengths = sorted({2**i for i in range(model.config.num_tokens.bit_length())} | {model.config.num_tokens})
+    cutoffs = [model.cutoffs[k - 1] for k in lengths]
     codes, errors = [], []
     for batch in images.split(128):
         x = to_float(batch).to(device)
         codes.append(model.encode(x))
         frames = model.decode(codes[-1], lengths).float()  # (b, S, C, H, H)
-        difference = (frames.clamp(-1, 1) - x.unsqueeze(1)) / 2  # on [0, 1]
-        errors.append(difference.square().mean(dim=(2, 3, 4)))
+        targets = torch.stack([x.unsqueeze(1).expand_as(frames), nested_targets(x, cutoffs)])  # (2, b, S, C, H, H)
+        difference = (frames.clamp(-1, 1) - targets.clamp(-1, 1)) / 2  # on [0, 1]
+        errors.append(difference.square().mean(dim=(3, 4, 5)))
     model.train()
-    psnr = -10 * torch.cat(errors).clamp(min=1e-10).log10().mean(dim=0)
-    result = {f"eval/psnr_{k}": float(v) for k, v in zip(lengths, psnr, strict=True)}
+    psnr = -10 * torch.cat(errors, dim=1).clamp(min=1e-10).log10().mean(dim=1)  # (2, S)
+    result = {f"eval/psnr_{k}": float(v) for k, v in zip(lengths, psnr[0], strict=True)}
+    result |= {f"eval/psnr_low_pass_{k}": float(v) for k, v in zip(lengths, psnr[1], strict=True)}
     statistics = codebook_statistics(torch.cat(codes), model.config.codebook_size)
     return result | {f"eval/{k}": v for k, v in statistics.items()}
 
@@ -132,7 +142,9 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     ema.to(device)  # a checkpoint is loaded to the CPU
     for step in run.steps(done):
         with run.clock.data():
-            lengths = sample_lengths(stage.batch_size, stage.prefixes_per_step, num_tokens, run.generator(step, 0))
+            lengths = sample_lengths(
+                stage.batch_size, stage.prefixes_per_step, num_tokens, run.generator(step, 0), stage.prefix_law
+            )
         quantize = step >= stage.quantize_from
         at_work = [term for term in terms.values() if step >= term.first_step]
         sums: dict[str, Tensor] = {}
@@ -148,7 +160,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
             with nullcontext() if synchronise else accelerator.no_sync(model):
                 with accelerator.autocast():
                     frames, quantized, latents = forward(x, mine, quantize)
-                losses = nested_loss(frames, x, mine, cutoffs)
+                losses = nested_loss(frames, x, mine, cutoffs, stage.prefix_weight, stage.largest_boost)
                 losses |= {"codebook": quantized.codebook_loss, "commitment": quantized.commitment_loss}
                 quantizer = losses["codebook"] + stage.commitment * losses["commitment"]
                 loss = losses["full"] + losses["prefix"] + stage.quantizer_weight * quantize * quantizer
@@ -183,7 +195,8 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
                 if measure:
                     values = evaluate(tokenizer, eval_images, device)
                     run.log(values, done)
-                    run.print(f"step {done}: " + ", ".join(f"{k[5:]} {v:.2f}" for k, v in values.items()))
+                    shown = {k[5:]: v for k, v in values.items() if "low_pass" not in k}
+                    run.print(f"step {done}: " + ", ".join(f"{k} {v:.2f}" for k, v in shown.items()))
                 if show:
                     shown = eval_images[evenly(len(eval_images), SHOWN_IMAGES)]
                     run.log_images("reconstruction", sample_grid(tokenizer, shown, device), done)

@@ -31,6 +31,12 @@ def test_overrides_are_typed_and_the_last_one_counts():
     assert config.train_transformer.compile is False
 
 
+def test_no_is_a_name_where_names_are_taken():
+    config = load_config("tiny-imagenet-64", ["train_tokenizer.mixed_precision=no", "train_tokenizer.compile=no"])
+    assert config.train_tokenizer.mixed_precision == "no"
+    assert config.train_tokenizer.compile is False
+
+
 def test_tokenizer_follows_the_data():
     config = load_config("fashion-mnist-32", ["data.image_size=64", "data.channels=3"])
     assert (config.tokenizer.image_size, config.tokenizer.in_channels) == (64, 3)
