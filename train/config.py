@@ -25,6 +25,7 @@ CHOICES = {
     "channels": (1, 3),
     "augment": ("flip", "shift", "crop"),  # see train.data.augment
     "mixed_precision": ("no", "bf16", "fp16"),
+    "optimizer": ("adamw", "muon"),
     "codes": ("stored", "on-the-fly"),
     "adversarial": ("", "patchgan"),
     "prefix_law": ("uniform", "powers", "mixed"),
@@ -95,7 +96,8 @@ class StageConfig:
     min_lr_ratio: float = 0.02  # last learning rate / lr, reached by a cosine
     warmup_steps: int = 300  # steps of linear warm-up
     steps: int = 10000  # optimiser steps in all
-    weight_decay: float = 0.05  # AdamW; never on norms, embeddings or the codebook
+    optimizer: str = "adamw"  # or "muon": it for the matrices of the blocks, AdamW for the rest
+    weight_decay: float = 0.05  # never on norms, embeddings or the codebook
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
@@ -114,6 +116,7 @@ class StageConfig:
 class TokenizerStage(StageConfig):
     """Stage 1: nested reconstruction."""
 
+    init_from: str = ""  # folder of a tokenizer of the same shape to start from; "" = random weights
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: memory for a third more work
     quantizer_weight: float = 0.1  # weight of the codebook + commitment loss
     commitment: float = 0.25  # weight of the commitment part in it

@@ -32,8 +32,6 @@ from .data import ImageSet, Prefetch, step_indices
 STOP_EVERY = 10  # steps between the questions whether another process wants to stop: each one waits for the device
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 NEVER = torch.iinfo(torch.int64).max
-# Parameters that are looked up or added, not multiplied: no weight decay on them.
-NO_DECAY = ("position", "queries", "mask_tokens", "codebook", "embed.weight", "embedding", "table")
 
 
 # ------------------------------------------------------------------------------------------------ optimisation
@@ -46,22 +44,6 @@ def learning_rate(step: int, stage: StageConfig) -> float:
     progress = (step - stage.warmup_steps) / max(1, stage.steps - 1 - stage.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return stage.lr * (stage.min_lr_ratio + (1 - stage.min_lr_ratio) * cosine)
-
-
-def make_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: none on norms, biases, embeddings, positions and the codebook."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        groups[parameter.ndim >= 2 and not any(part in name for part in NO_DECAY)].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": groups[True], "weight_decay": stage.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        lr=stage.lr,
-        betas=(stage.beta1, stage.beta2),
-        fused=True,
-    )
 
 
 def make_ema(parameters: list[nn.Parameter], decay: float) -> EMAModel:
@@ -323,7 +305,8 @@ class Run:
 
         facts: what else, beside the shape of the models, may not change between a checkpoint and its resumption.
         """
-        self._identity |= facts
+        section = self.folder.name
+        self._identity |= facts | {section: {"optimizer": self.stage.optimizer, **facts.get(section, {})}}
         if self.dry:
             return 0
         if self.is_main:

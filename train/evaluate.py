@@ -45,7 +45,6 @@ from .measurements import (
     entropy_by_position,
     measure_samples,
     next_token_loss,
-    perceptual_distances,
     prefix_quality,
     reconstruct,
     references,
@@ -68,9 +67,6 @@ def evaluate(args: argparse.Namespace, run: Evaluation, train: ImageSet, results
         results["codebook"] = codebook_use(run, codes)
     with timed(run, results, "prefixes"):
         results["prefixes"], low_pass = prefix_quality(run, codes)
-    if run.perceptual is not None:
-        with timed(run, results, "perceptual distances"):
-            results["perceptual"] |= perceptual_distances(run, codes)
     with timed(run, results, "next-token loss"):
         results["next_token_loss"] = next_token_loss(run, codes, train_codes, train.labels)
         entropy = entropy_by_position(run, codes)
@@ -211,9 +207,7 @@ def _scale(text: str) -> float:
 
 def conditions(args: argparse.Namespace, config: Config, run: Evaluation, argv: list[str] | None) -> dict[str, Any]:
     """What the results depend on."""
-    pipe, device = run.pipe, run.team.device.type
-    if device == "cuda":
-        device = torch.cuda.get_device_name(run.team.device)
+    pipe = run.pipe
     return {
         "model": {
             "name": config.name,
@@ -223,14 +217,13 @@ def conditions(args: argparse.Namespace, config: Config, run: Evaluation, argv: 
             "num_tokens": pipe.tokenizer.config.num_tokens, "num_classes": pipe.transformer.config.num_classes,
         },
         "judges": {name: judge.card for name, judge in run.judges.items()},
-        "perceptual": {} if run.perceptual is None else {
-            "network": args.perceptual, "trained_on_it": args.perceptual == config.train_tokenizer.perceptual,
-        },
+        "perceptual": None if run.perceptual is None else args.perceptual,
+        "perceptual_in_training": config.train_tokenizer.perceptual,
         "data": {
             "source": config.data.source, "train": config.data.train_split, "heldout": config.data.eval_split,
         },
         "command": "python -m train.evaluate " + shlex.join(sys.argv[1:] if argv is None else argv),
-        "seed": args.seed, "device": device, "threads": args.threads, "processes": run.team.size,
+        "seed": args.seed, "device": str(run.team.device), "threads": args.threads, "processes": run.team.size,
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "diffusers", "numpy")},
         "seconds": {},

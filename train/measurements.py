@@ -27,7 +27,6 @@ from .sample_bank import sample_bank
 from .train_transformer import evaluate as next_token_losses
 
 ENCODE_BATCH, DECODE_BATCH, PREFIX_BATCH = 256, 128, 16  # images; of the last all prefixes are decoded
-PERCEPTUAL_IMAGES = 500  # each costs two passes a prefix length through a network made for far larger ones
 
 Views = dict[str, Judged]  # by judge
 
@@ -87,7 +86,7 @@ def encode(run: Evaluation, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(run: Evaluation, codes: Tensor, real: Views) -> tuple[dict[str, Any], Views]:
-    """All held-out images from all their tokens: PSNR, SSIM, rFD and the other measures."""
+    """All held-out images from all their tokens: PSNR, SSIM, perceptual distance, rFD and the other measures."""
 
     def measured(batch: Tensor, tokens: Tensor) -> tuple[Tensor, Views]:
         decoded = run.decode(tokens)
@@ -116,18 +115,24 @@ def prefix_quality(run: Evaluation, codes: Tensor) -> tuple[dict[str, Any], dict
     tokenizer, n = run.pipe.tokenizer, run.prefix_images
     lengths, shown = list(range(1, tokenizer.config.num_tokens + 1)), run.shown_lengths
 
-    def measured(batch: Tensor, tokens: Tensor) -> tuple[Tensor, list[tuple[Views, Views]]]:
+    def measured(batch: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, list[tuple[Views, Views]]]:
         frames = run.decode(tokens, lengths)  # (b, N, C, H, H)
         x = to_float(batch).to(frames.device)
         targets, image = nested_targets(x, tokenizer.cutoffs), x.unsqueeze(1)
         rows = [psnr(frames, image), psnr(frames, targets), ssim(frames, image), ssim(frames, targets)]
         pairs = [(targets[:, k - 1], frames[:, k - 1]) for k in shown]
-        return torch.stack(rows).cpu(), [(run.judge(t), run.judge(d)) for t, d in pairs]
+        perceptual = torch.empty(0, len(x))
+        if run.perceptual is not None:  # to the image and to x_k: (2 S, b)
+            perceptual = torch.stack(
+                [run.perceptual(d, x) for _, d in pairs] + [run.perceptual(d, t) for t, d in pairs]
+            ).cpu()
+        return torch.stack(rows).cpu(), perceptual, [(run.judge(t), run.judge(d)) for t, d in pairs]
 
     parts = run.team.map(measured, PREFIX_BATCH, "decoding all prefixes", run.images[:n], codes[:n])
     names = ("psnr_image", "psnr_low_pass", "ssim_image", "ssim_low_pass")
-    means = torch.cat([rows for rows, _ in parts], dim=1).double().mean(dim=1)  # (4, N)
-    pairs = list(zip(*(pair for _, pair in parts), strict=True))  # by length, of all batches
+    means = torch.cat([rows for rows, _, _ in parts], dim=1).double().mean(dim=1)  # (4, N)
+    perceptual = torch.cat([p for _, p, _ in parts], dim=1).double().mean(dim=1).tolist()  # 2 S
+    pairs = list(zip(*(pair for _, _, pair in parts), strict=True))  # by length, of all batches
     low_pass, rebuilt = (
         {k: join_views([pair[side] for pair in batches]) for k, batches in zip(shown, pairs, strict=True)}
         for side in (0, 1)
@@ -136,6 +141,8 @@ def prefix_quality(run: Evaluation, codes: Tensor) -> tuple[dict[str, Any], dict
     return {
         "images": n, "length": lengths, "cutoff": list(tokenizer.cutoffs), "shown": shown,
         **{name: row.tolist() for name, row in zip(names, means, strict=True)},
+        **({"perceptual_image": perceptual[: len(shown)], "perceptual_low_pass": perceptual[len(shown) :]}
+           if perceptual else {}),
         "judged": {
             name: [
                 {
@@ -149,30 +156,6 @@ def prefix_quality(run: Evaluation, codes: Tensor) -> tuple[dict[str, Any], dict
             for name in run.judges
         },
     }, low_pass  # fmt: skip
-
-
-@torch.no_grad()
-def perceptual_distances(run: Evaluation, codes: Tensor) -> dict[str, Any]:
-    """Perceptual distance of `shown_lengths` to the image and to x_k, on the first `PERCEPTUAL_IMAGES` at most."""
-    n, shown = min(run.prefix_images, PERCEPTUAL_IMAGES), run.shown_lengths
-    columns = [k - 1 for k in shown]
-
-    def measured(batch: Tensor, tokens: Tensor) -> Tensor:
-        frames = run.decode(tokens, shown)  # (b, S, C, H, H)
-        x = to_float(batch).to(frames.device)
-        targets = nested_targets(x, run.pipe.tokenizer.cutoffs)[:, columns]
-        against = torch.stack([x.unsqueeze(1).expand_as(targets), targets])  # (2, b, S, C, H, H)
-        distances = run.perceptual(frames.expand_as(against).flatten(0, 2), against.flatten(0, 2))
-        return distances.view(2, len(x), len(shown)).cpu()
-
-    parts = run.team.map(measured, PREFIX_BATCH, "perceptual distances", run.images[:n], codes[:n])
-    distances = torch.cat(parts, dim=1)  # (2, n, S)
-    image, low_pass = ([mean(column) for column in side.T] for side in distances)
-    return {
-        "images": n, "length": shown,
-        "image": [d.value for d in image], "image_errors": [d.error for d in image],
-        "low_pass": [d.value for d in low_pass], "low_pass_errors": [d.error for d in low_pass],
-    }  # fmt: skip
 
 
 def codebook_use(run: Evaluation, codes: Tensor) -> dict[str, Any]:

@@ -83,9 +83,8 @@ def _how(r: dict[str, Any]) -> str:
     judges = "\n".join(f"- {_judge(name, card)}" for name, card in r["judges"].items())
     perceptual = ""
     if r["perceptual"]:
-        trained = ", which the tokenizer was trained on" if r["perceptual"]["trained_on_it"] else ""
-        network = f"`{r['perceptual']['network']}`{trained}"
-        perceptual = f" Perceptual distances are in features of {network}; lower is better."
+        trained = " (the tokenizer's own loss)" if r["perceptual"] == r["perceptual_in_training"] else ""
+        perceptual = f" Perceptual distances are those of `{r['perceptual']}`{trained}, lower is better."
     several = f"; {r['processes']} processes" if r["processes"] > 1 else ""
     return (
         f"Made by `{r['command']}` ({versions}; {r['device']}{several}; seed {r['seed']}).\n\n"
@@ -142,11 +141,10 @@ def _prefixes(r: dict[str, Any]) -> str:
     head = ["Tokens k", "Cutoff", "PSNR to image", "PSNR to x_k", "SSIM to image", "SSIM to x_k"]
     columns = [(p[f"{name}_{to}"], d) for name, d in (("psnr", 2), ("ssim", 3)) for to in ("image", "low_pass")]
     rows = [[k, p["cutoff"][k - 1], *(shown(values[k - 1], d) for values, d in columns)] for k in p["shown"]]
-    perceptual = r["perceptual"]
-    if perceptual:
+    if "perceptual_image" in p:
         head += ["Perceptual to image", "Perceptual to x_k"]
         for i, row in enumerate(rows):
-            row += [shown(perceptual[to][i], 4, error=perceptual[f"{to}_errors"][i]) for to in ("image", "low_pass")]
+            row += [f"{p[name][i]:.4f}" for name in ("perceptual_image", "perceptual_low_pass")]
     for judge, judged in p["judged"].items():
         if judged[0]["accuracy"] is None:
             continue
@@ -154,9 +152,8 @@ def _prefixes(r: dict[str, Any]) -> str:
         head += [f"Class accuracy{named}", f"Class accuracy of x_k{named}"]
         for row, m in zip(rows, judged, strict=True):
             row += [shown(m[name], 1, True) for name in ("accuracy", "accuracy_low_pass")]
-    few = f", perceptual distances on {perceptual['images']} of them" if perceptual else ""
     return table(head, rows) + (
-        f"\n\nOn {p['images']} held-out images{few}. x_k is the ideal low-pass of the image at the prefix's cutoff. "
+        f"\n\nOn {p['images']} held-out images. x_k is the ideal low-pass of the image at the prefix's cutoff. "
         "Judges have learnt from sharp images: their accuracy on x_k says how far they can be trusted on blurred ones."
     )
 

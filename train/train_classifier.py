@@ -22,7 +22,8 @@ from .classifier import Classifier, save_classifier
 from .command_line import clear_errors, parse_arguments, read_split
 from .config import Config
 from .data import ImageSet, augment, to_float
-from .engine import Run, evenly, make_optimizer
+from .engine import Run, evenly
+from .optimizers import make_optimizer
 
 EVAL_IMAGES, BATCH = 2048, 256
 

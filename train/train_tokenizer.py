@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ from .checkpoints import publish
 from .command_line import clear_errors, parse_arguments, read_split
 from .config import Config, TokenizerStage
 from .data import ImageSet, augment, to_float
-from .engine import Run, evenly, image_grid, make_ema, make_optimizer
+from .encode_dataset import load_tokenizer
+from .engine import Run, evenly, image_grid, make_ema
 from .losses import PerceptualTerm
+from .optimizers import make_optimizer
 
 REVIVAL_EVERY = 10  # steps between looks for dead codes: each look waits for the device
 EVAL_IMAGES, SHOWN_IMAGES = 1024, 10
@@ -119,10 +122,22 @@ def pixel_terms(
     return terms, facts
 
 
+def make_tokenizer(run: Run, config: Config) -> SpectralTokenizer:
+    """The tokenizer to train: with random weights or those of a trained one, whose codebook is in use at once."""
+    folder, wanted = config.train_tokenizer.init_from, asdict(config.tokenizer)
+    if not folder:
+        return SpectralTokenizer(**wanted)
+    tokenizer = load_tokenizer(Path(folder)).float()
+    different = [f"{name}={tokenizer.config[name]}" for name in wanted if tokenizer.config[name] != wanted[name]]
+    if different:
+        run.exit(f"The tokenizer in {folder} has {', '.join(different)}, other than this run: set the same.")
+    return tokenizer.requires_grad_(True).train()
+
+
 def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     stage, accelerator, num_tokens = config.train_tokenizer, run.accelerator, config.tokenizer.num_tokens
     device = accelerator.device
-    tokenizer = SpectralTokenizer(**asdict(config.tokenizer))
+    tokenizer = make_tokenizer(run, config)
     if stage.gradient_checkpointing:
         tokenizer.enable_gradient_checkpointing()
     optimizer = make_optimizer(tokenizer, stage)
@@ -137,6 +152,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     eval_images = heldout.images[evenly(len(heldout), EVAL_IMAGES)]
     run.print(f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.2f} M parameters, {len(data)} images.")
 
+    quantize_from = 0 if stage.init_from else stage.quantize_from
     fetch = run.prefetch(data)
     done = run.resume(train_tokenizer=facts)
     ema.to(device)  # a checkpoint is loaded to the CPU
@@ -145,7 +161,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
             lengths = sample_lengths(
                 stage.batch_size, stage.prefixes_per_step, num_tokens, run.generator(step, 0), stage.prefix_law
             )
-        quantize = step >= stage.quantize_from
+        quantize = step >= quantize_from
         at_work = [term for term in terms.values() if step >= term.first_step]
         sums: dict[str, Tensor] = {}
         parts: list[tuple[Tensor, Tensor]] = []
@@ -177,7 +193,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
             term.step()
         revive = step % REVIVAL_EVERY == 0 and step < stage.revive_until * stage.steps
         codes, latents = (torch.cat(x) for x in zip(*parts, strict=True))
-        if step + 1 == stage.quantize_from:
+        if step + 1 == quantize_from:
             revival.fill(latents, step)
         elif quantize:
             revived += revival.update(codes, latents, step, revive)

@@ -26,7 +26,8 @@ from .command_line import clear_errors, parse_arguments, read_split
 from .config import Config
 from .data import ImageSet, augment, to_float
 from .encode_dataset import encode_images, load_tokenizer, wanted_shards
-from .engine import Run, evenly, image_grid, make_ema, make_optimizer
+from .engine import Run, evenly, image_grid, make_ema
+from .optimizers import make_optimizer
 
 EVAL_IMAGES = 2048
 SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_GUIDANCE = 10, 8, 2.0

@@ -16,7 +16,7 @@ PRESET = {
                   "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1},
     "train_tokenizer": {**STAGE, "quantize_from": 4, "revive_after": 3},
     "transformer": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "dropout": 0.1},
-    "train_transformer": {**STAGE, "copies": 2},
+    "train_transformer": {**STAGE, "copies": 2, "optimizer": "muon"},
 }  # fmt: skip
 
 

@@ -12,12 +12,12 @@ import torch
 
 from spectralar.analysis import psnr
 from spectralar.spectral import cutoff_schedule, low_pass
-from tests.helpers import tiny_tokenizer, tiny_transformer
+from tests.helpers import tiny_tokenizer
 from train import checkpoints, engine
 from train.checkpoints import publish, read_manifest
 from train.command_line import parse_arguments
 from train.config import Config, StageConfig, TokenizerStage
-from train.engine import Run, StepClock, evenly, learning_rate, make_optimizer
+from train.engine import Run, StepClock, evenly, learning_rate
 from train.train_tokenizer import evaluate, nested_loss, sample_lengths
 
 # ------------------------------------------------------------------------------------------------ optimisation
@@ -40,21 +40,6 @@ def test_learning_rate_of_short_runs(warmup, steps):
     rates = [learning_rate(step, stage) for step in range(steps)]
     assert all(0 <= rate <= 1 for rate in rates)
     assert max(rates) == pytest.approx(1.0 if warmup <= steps else steps / warmup)
-
-
-@pytest.mark.parametrize("model", [tiny_tokenizer(), tiny_transformer()], ids=["tokenizer", "transformer"])
-def test_only_weights_of_projections_decay(model):
-    optimizer = make_optimizer(model, StageConfig(weight_decay=0.3, beta1=0.8, beta2=0.7))
-    decayed, kept = optimizer.param_groups
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
-    assert decayed["betas"] == (0.8, 0.7)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    projections = {
-        f"{name}.weight" for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and not name.endswith("embed")
-    }
-    assert {names[parameter] for parameter in decayed["params"]} == projections
-    assert {names[p] for p in decayed["params"] + kept["params"]} == set(names.values())
 
 
 # ------------------------------------------------------------------------------------------------ losses

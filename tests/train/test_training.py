@@ -342,6 +342,23 @@ def test_another_model_is_refused_and_the_run_left_as_it_is(scripts, command, tm
     assert (tmp_path / "train_tokenizer" / "config.yaml").read_text() == kept
 
 
+def test_another_optimizer_is_refused(scripts, command, tmp_path):
+    stop_at(scripts, command("tokenizer"), "tokenizer", 4)
+    code, text = scripts.run("train_tokenizer", command("tokenizer", "train_tokenizer.optimizer=muon"))
+    assert code == 1 and "was trained with train_tokenizer.optimizer=adamw, not muon: set that back" in text
+
+
+def test_a_run_starts_from_a_trained_tokenizer(scripts, command, reference, tmp_path):
+    start = ["train_tokenizer.init_from=" + str(reference / "tokenizer"), "train_tokenizer.lr=1e-9"]
+    code, text = scripts.run("train_tokenizer", command("tokenizer", *start, "train_tokenizer.revive_until=0"))
+    assert code == 0, text
+    weights = [load_file(folder / "tokenizer/diffusion_pytorch_model.safetensors") for folder in (tmp_path, reference)]
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+    code, text = scripts.run("train_tokenizer", command("tokenizer", *start, "tokenizer.hidden_size=32"))
+    assert code == 1
+    assert f"The tokenizer in {reference}/tokenizer has hidden_size=16, other than this run: set the same." in text
+
+
 def test_other_settings_of_the_training_itself_may_change(scripts, command, tmp_path):
     stop_at(scripts, command("tokenizer"), "tokenizer", 4)
     settings = ["train_tokenizer.lr=1e-5", "train_tokenizer.steps=26"]

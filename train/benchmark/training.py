@@ -10,7 +10,8 @@ import torch
 from spectralar import SpectralARTransformer, SpectralTokenizer
 
 from ..config import StageConfig, TokenizerStage, TransformerStage, load_config
-from ..engine import make_ema, make_optimizer
+from ..engine import make_ema
+from ..optimizers import make_optimizer
 from ..train_tokenizer import nested_loss, sample_lengths
 from ..train_transformer import next_token_loss
 from .measure import Result, count_flops, interleave, medians, rate
