@@ -51,7 +51,7 @@ class DataConfig:
     image_column: str = "image"  # column of the images (Parquet, Hub)
     label_column: str = "label"  # column of the class ids or names (Parquet, Hub)
     augment: list[str] = field(default_factory=list)  # any of "flip", "shift", "crop"; applied in this order
-    class_names: str = ""  # JSON file, raw class name -> readable names ("a, b" or a list; the first counts)
+    class_names: str = ""  # JSON file, raw class name -> readable names ("a, b" or a list; the first is shown)
     cache: str = ""  # folder of decoded images, for later runs too; "" = $SPECTRALAR_CACHE, else ~/.cache/spectralar
     decode: str = "once"  # "once" = keep decoded images in `cache`; "on-the-fly" = at each use, if none are there
     limit: int = 0  # use only so many images of a split, a fixed random choice; 0 = all

@@ -202,21 +202,27 @@ def _in_memory(listing: Listing, cfg: DataConfig) -> tuple[np.ndarray, np.ndarra
 
 
 def _readable(names: list[str], mapping_file: str) -> list[str]:
-    """Class names through the JSON file of `DataConfig.class_names`; equal ones keep the raw name too."""
+    """Class names through the JSON file of `DataConfig.class_names`: all of a class, with commas between.
+
+    Where the first ones of two classes are equal, the raw name goes behind them.
+    """
     if not mapping_file:
         return list(names)
     try:
         mapping = json.loads(Path(mapping_file).expanduser().read_text(encoding="utf-8"))
         values = [mapping.get(name, name) for name in names]  # "goldfish, Carassius auratus" or a list
-        firsts = [(value.split(",") if isinstance(value, str) else value)[0].strip() for value in values]
+        parts = [value.split(",") if isinstance(value, str) else value for value in values]
+        parts = [[part.strip() for part in value] for value in parts]
+        firsts = [value[0] for value in parts]
     except (OSError, ValueError, AttributeError, TypeError, LookupError) as error:
         raise ValueError(
             f"data.class_names={mapping_file!r} is not a JSON file of raw and readable names ({error})."
         ) from error
-    return [
+    shown = [
         first if firsts.count(first) == 1 else f"{first} ({name})"
         for name, first in zip(names, firsts, strict=True)
     ]
+    return [", ".join([first, *others]) for first, (_, *others) in zip(shown, parts, strict=True)]
 
 
 @functools.lru_cache(maxsize=2)

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from spectralar import SpectralARPipeline
 from spectralar.analysis import write_statistics
+from spectralar.labels import LabelNames
 
 from . import report
 from .codes import fingerprint
@@ -107,28 +108,33 @@ def random_images(data: ImageSet, count: int, seed: int) -> ImageSet:
     return ImageSet(data.images[order], data.labels[order], data.class_names, data.num_broken)
 
 
+def shown_names(class_names: list[str]) -> list[str]:
+    """Of each class the name that a pipeline shows."""
+    return LabelNames(dict(enumerate(class_names)), len(class_names)).shown
+
+
 def check_fit(pipe: SpectralARPipeline, judges: dict[str, Judge], data: ImageSet) -> None:
     """Ends the program if model, judges and data do not belong together."""
     channels, size = data.images.shape[1:3]
     config = pipe.tokenizer.config
     shapes = {"model": (config.image_size, config.in_channels)}
-    class_names = {"model": pipe.class_names}
+    known, expected = {"model": pipe.class_names}, shown_names(data.class_names)
     if "classifier" in judges:
         card = judges["classifier"].card
         shapes["classifier"] = card["architecture"]["image_size"], card["architecture"]["in_channels"]
-        class_names["classifier"] = card["class_names"]
+        known["classifier"] = shown_names(card["class_names"])
     for name, shape in shapes.items():
         if shape != (size, channels):
             raise SystemExit(
                 f"The {name} takes {shape[0]}-pixel images of {shape[1]} channels, and the data's have {size} pixels "
                 f"and {channels} channels: take the --config that both were trained with."
             )
-    for name, names in class_names.items():
+    for name, names in known.items():
         named = name == "classifier" or pipe.config.id2label
-        if len(names) != len(data.class_names) or named and names != data.class_names:
-            different = [f"{a!r} for {b!r}" for a, b in zip(names, data.class_names, strict=False) if a != b][:3]
+        if len(names) != len(expected) or named and names != expected:
+            different = [f"{a!r} for {b!r}" for a, b in zip(names, expected, strict=False) if a != b][:3]
             raise SystemExit(
-                f"The {name} knows {len(names)} classes and the data has {len(data.class_names)}"
+                f"The {name} knows {len(names)} classes and the data has {len(expected)}"
                 f"{', with ' + ', '.join(different) if different and named else ''}: take the --config that it was "
                 "trained with."
             )

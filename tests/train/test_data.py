@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from spectralar.image import preprocess_pil
+from spectralar.labels import LabelNames
 from train.config import DataConfig
 from train.data import Prefetch, augment, load_images, step_indices, to_float
 
@@ -152,7 +153,11 @@ def test_class_names_become_readable(tmp_path):
     path = tmp_path / "names.json"
     path.write_text(json.dumps({"n1": "goldfish, Carassius auratus", "n2": ["crane", "bird"], "n3": "crane"}))
     cfg.class_names = str(path)
-    assert load_images(cfg, "train").class_names == ["goldfish", "crane (n2)", "crane (n3)", "n4"]
+    names = load_images(cfg, "train").class_names
+    assert names == ["goldfish, Carassius auratus", "crane (n2), bird", "crane (n3)", "n4"]
+    shown = LabelNames(dict(enumerate(names)), 4)
+    assert shown.shown == ["goldfish", "crane (n2)", "crane (n3)", "n4"]
+    assert shown.ids(["Carassius auratus", "bird"]) == [0, 1]
     for wrong in ("[]", "{", '{"n1": 3}', '{"n1": []}'):
         path.write_text(wrong)
         with pytest.raises(ValueError, match="data.class_names=.*names.json"):
