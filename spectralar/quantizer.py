@@ -1,7 +1,9 @@
-"""Vector quantization with a cosine codebook, and the revival of entries that no image uses."""
+"""Quantizers, a cosine codebook and finite scalars as its baseline, and the revival of entries that no image uses."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,10 +13,20 @@ from torch import Tensor, nn
 
 
 class QuantizerOutput(NamedTuple):
-    quantized: Tensor  # (B, N, d) unit vectors, straight-through to the latents
+    quantized: Tensor  # (B, N, d) the codes' vectors, with a gradient to the latents
     codes: Tensor  # (B, N) int64
-    codebook_loss: Tensor  # scalar: entries towards latents
-    commitment_loss: Tensor  # scalar: latents towards entries
+    codebook_loss: Tensor  # scalar: entries towards latents; 0 without a codebook to learn
+    commitment_loss: Tensor  # scalar: latents towards entries; 0 without a codebook to learn
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def nested_codebook_sizes(first: int, last: int, num_tokens: int) -> list[int]:
+    """Sizes (K_1, ..., K_N) that grow in equal ratios from `first` to `last`: so do the bits of a token, evenly."""
+    steps = max(1, num_tokens - 1)
+    return [round(first * (last / first) ** (t / steps)) for t in range(num_tokens)]
 
 
 class VectorQuantizer(nn.Module):
@@ -28,9 +40,16 @@ class VectorQuantizer(nn.Module):
         codebook_dim: dimension d of an entry, 12 to 16 works well; high dimensions leave entries unused.
         codebook_sizes: nested codebooks (arXiv 2605.06207): position t uses only the first K_t entries. None: all.
 
+    Attributes:
+        rotation_trick: the gradient that latents get is that of the quantized vectors, turned by the rotation which
+            turns a latent into its entry (Fifty et al. 2024, section 4), instead of the same one (straight through).
+            Of training only; no value depends on it.
+
     Raises:
         ValueError: if a size is not positive, or a nested one is larger than `codebook_size`.
     """
+
+    rotation_trick = False
 
     def __init__(
         self, codebook_size: int, codebook_dim: int, codebook_sizes: list[int] | tuple[int, ...] | None = None
@@ -47,15 +66,15 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Parameter(F.normalize(torch.randn(codebook_size, codebook_dim), dim=-1))
 
     def _unit_entries(self) -> Tensor:
-        return F.normalize(self._at_least_float32(self.codebook), dim=-1)
+        return F.normalize(at_least_float32(self.codebook), dim=-1)
 
-    @staticmethod
-    def _at_least_float32(x: Tensor) -> Tensor:
-        return x if x.dtype == torch.float64 else x.float()
+    def continuous(self, latents: Tensor) -> Tensor:
+        """Latents (B, n, d) where entries lie too, on the unit sphere, but not quantized; at least float32."""
+        return F.normalize(latents.to(torch.promote_types(latents.dtype, torch.float32)), dim=-1)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Entries of codes (..., ) int64 -> unit vectors (..., d)."""
-        return F.normalize(self._at_least_float32(F.embedding(codes, self.codebook)), dim=-1).to(self.codebook.dtype)
+        return F.normalize(at_least_float32(F.embedding(codes, self.codebook)), dim=-1).to(self.codebook.dtype)
 
     def encode(self, latents: Tensor) -> Tensor:
         """Codes (B, n) of latents (B, n, d), the first n positions of the sequence."""
@@ -69,17 +88,92 @@ class VectorQuantizer(nn.Module):
         return similarity.argmax(dim=-1)
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
-        """Quantizes latents (B, n, d) with straight-through gradients."""
+        """Quantizes latents (B, n, d), with straight-through gradients or those of the rotation trick."""
         with torch.autocast(latents.device.type, enabled=False):
-            unit = F.normalize(self._at_least_float32(latents), dim=-1)
+            unit = F.normalize(at_least_float32(latents), dim=-1)
             codes = self.encode(unit.detach())
-            entries = F.normalize(self._at_least_float32(F.embedding(codes, self.codebook)), dim=-1)
+            entries = F.normalize(at_least_float32(F.embedding(codes, self.codebook)), dim=-1)
             return QuantizerOutput(
-                quantized=unit + (entries - unit).detach(),
+                quantized=rotate(unit, entries.detach()) if self.rotation_trick else unit + (entries - unit).detach(),
                 codes=codes,
                 codebook_loss=(entries - unit.detach()).square().sum(-1).mean(),
                 commitment_loss=(unit - entries.detach()).square().sum(-1).mean(),
             )
+
+
+def rotate(unit: Tensor, entries: Tensor) -> Tensor:
+    """R unit = entries, for unit vectors (..., d): R, a constant for gradients, turns in the plane of the two.
+
+    R = 1 - 2 r r^T + 2 q e^T with e = unit, q = entries, r = (e + q) / |e + q| (Fifty et al. 2024, equation 4).
+    """
+    e = unit.detach()
+    r = F.normalize(e + entries, dim=-1)
+    turned = unit - 2 * (unit * r).sum(-1, keepdim=True) * r + 2 * (unit * e).sum(-1, keepdim=True) * entries
+    return turned + (entries - turned).detach()  # the entry itself, without the rounding of the way there
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """Each of d numbers, bounded, to the nearest of L_i values (FSQ, Mentzer et al. 2023): a codebook that is a grid.
+
+        q_i = round(half_i tanh(z_i + shift_i) - offset_i) / floor(L_i / 2),   half_i = (L_i - 1) / 2,
+
+    with offset 1/2 for even L_i, 0 for odd ones, and the shift that maps z = 0 to 0. Nothing is learned here and no
+    entry can die. Codes number the grid points in mixed radix, the first dimension running fastest.
+
+    Args:
+        levels: (L_1, ..., L_d), such as (8, 5, 5, 5) for 1000 codes or (7, 5, 5, 5, 5) for 4375.
+
+    Raises:
+        ValueError: if there are no levels, or one is below 3: of two values there is none in the middle, for z = 0.
+    """
+
+    codebook_sizes = None
+
+    def __init__(self, levels: Sequence[int]) -> None:
+        super().__init__()
+        if not levels or min(levels) < 3:
+            raise ValueError(f"fsq_levels must be one or more numbers of at least 3, got {list(levels)}.")
+        self.levels = tuple(levels)
+        self.codebook_size = math.prod(levels)
+        code = torch.arange(self.codebook_size)
+        columns = []
+        for level in self.levels:
+            columns.append((code % level - level // 2) / (level // 2))
+            code = code // level
+        # Follows from the levels, so it is not saved.
+        self.register_buffer("codebook", torch.stack(columns, dim=-1), persistent=False)  # (K, d)
+
+    def _bounded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (..., d), bounded: rounded they are whole numbers from -floor(L / 2) on; and floor(L / 2), (d,)."""
+        x = at_least_float32(latents)
+        levels = torch.tensor(self.levels, dtype=x.dtype, device=x.device)
+        half, offset = (levels - 1) / 2, 0.5 * (levels % 2 == 0)
+        return half * torch.tanh(x + torch.atanh(offset / half)) - offset, levels // 2
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Grid points of codes (..., ) int64 -> (..., d) in [-1, 1]."""
+        return F.embedding(codes, self.codebook)
+
+    def continuous(self, latents: Tensor) -> Tensor:
+        """Latents (B, n, d) in the grid's cube, not rounded; at least float32."""
+        with torch.autocast(latents.device.type, enabled=False):
+            bounded, width = self._bounded(latents)
+            return bounded / width
+
+    def encode(self, latents: Tensor) -> Tensor:
+        """Codes (B, n) of latents (B, n, d)."""
+        return self(latents).codes
+
+    def forward(self, latents: Tensor) -> QuantizerOutput:
+        """Quantizes latents (B, n, d) with straight-through gradients."""
+        with torch.autocast(latents.device.type, enabled=False):
+            bounded, width = self._bounded(latents)
+            whole = bounded.round()
+            radix = torch.tensor([math.prod(self.levels[:i]) for i in range(len(self.levels))], device=latents.device)
+            codes = ((whole + width).long() * radix).sum(dim=-1)
+            quantized = (bounded + (whole - bounded).detach()) / width
+            nothing = torch.zeros((), device=latents.device)
+            return QuantizerOutput(quantized, codes, nothing, nothing)
 
 
 class CodebookRevival:

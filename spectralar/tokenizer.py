@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from .layers import Block, KVCache, init_weights
-from .quantizer import QuantizerOutput, VectorQuantizer
+from .quantizer import FiniteScalarQuantizer, QuantizerOutput, VectorQuantizer, nested_codebook_sizes
 from .spectral import cutoff_schedule, low_pass
 
 # One key/value pair (B, heads, k, head_dim) for each decoder layer.
@@ -47,7 +47,10 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         alpha: exponent of the cutoff schedule, see `spectral.cutoff_schedule`.
         codebook_size: K entries.
         codebook_dim: dimension d of an entry.
-        codebook_sizes: nested codebooks, K_t for each position; None uses all K everywhere.
+        codebook_sizes: nested codebooks, K_t for each position, or K_1 alone: from it they grow in equal ratios to K.
+            None or empty: all K everywhere.
+        fsq_levels: finite scalar quantization in place of the codebook, L_i values for each of the d dimensions, K in
+            all. None or empty: a cosine codebook.
         hidden_size, num_heads, encoder_layers, decoder_layers, mlp_ratio: size of the two ViTs.
     """
 
@@ -70,13 +73,18 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         encoder_layers: int = 4,
         decoder_layers: int = 4,
         mlp_ratio: float = 4.0,
+        fsq_levels: list[int] | None = None,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False  # see `enable_gradient_checkpointing`
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} must be a multiple of patch_size {patch_size}.")
+        codebook_sizes, fsq_levels = codebook_sizes or None, fsq_levels or None
+        if codebook_sizes is not None and len(codebook_sizes) == 1 < num_tokens:
+            codebook_sizes = nested_codebook_sizes(codebook_sizes[0], codebook_size, num_tokens)
         if codebook_sizes is not None and len(codebook_sizes) != num_tokens:
-            raise ValueError(f"codebook_sizes needs one size for each of the {num_tokens} tokens.")
+            raise ValueError(f"codebook_sizes needs one size for each of the {num_tokens} tokens, or the first alone.")
+        self.register_to_config(codebook_sizes=codebook_sizes, fsq_levels=fsq_levels)  # as they came out
         self.cutoffs = cutoff_schedule(image_size, num_tokens, alpha)
         self.num_patches = (image_size // patch_size) ** 2
         patch_dim = in_channels * patch_size**2
@@ -88,7 +96,16 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         self.encoder_norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.to_latent = nn.Linear(hidden_size, codebook_dim)
 
-        self.quantizer = VectorQuantizer(codebook_size, codebook_dim, codebook_sizes)
+        self.quantizer: VectorQuantizer | FiniteScalarQuantizer
+        if fsq_levels is None:
+            self.quantizer = VectorQuantizer(codebook_size, codebook_dim, codebook_sizes)
+        else:
+            if codebook_sizes is not None:
+                raise ValueError("codebook_sizes nests a codebook, and fsq_levels puts a grid in its place: set one.")
+            self.quantizer = FiniteScalarQuantizer(fsq_levels)
+            size, dim = self.quantizer.codebook.shape
+            if (size, dim) != (codebook_size, codebook_dim):
+                raise ValueError(f"fsq_levels {fsq_levels} need codebook_size {size} and codebook_dim {dim}.")
 
         self.from_latent = nn.Linear(codebook_dim, hidden_size)
         self.token_position = nn.Parameter(torch.empty(num_tokens, hidden_size))
@@ -192,13 +209,11 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
     ) -> tuple[Tensor, QuantizerOutput, Tensor]:
         """Training pass: reconstructions (B, S, C, H, H) at lengths (S,) or (B, S), quantizer output, latents.
 
-        Without `quantize` the decoder sees the latents as they are, normalised: a plain autoencoder.
+        Without `quantize` the decoder sees the latents as they are, within the codes' bounds: a plain autoencoder.
         """
         latents = self.latents(images)
         quantized = self.quantizer(latents)
-        seen = quantized.quantized
-        if not quantize:
-            seen = F.normalize(latents.to(torch.promote_types(latents.dtype, torch.float32)), dim=-1)
+        seen = quantized.quantized if quantize else self.quantizer.continuous(latents)
         return self.decode_latents(seen, lengths), quantized, latents
 
     def _embed(self, codes: Tensor, position: int = 0) -> Tensor:

@@ -12,7 +12,14 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
 
-from spectralar.quantizer import CodebookRevival, VectorQuantizer, codebook_statistics
+from spectralar.quantizer import (
+    CodebookRevival,
+    FiniteScalarQuantizer,
+    VectorQuantizer,
+    codebook_statistics,
+    nested_codebook_sizes,
+    rotate,
+)
 
 
 def nearest(latents, entries, allowed=None):
@@ -54,6 +61,16 @@ def test_a_position_uses_only_its_first_entries():
     assert codes[:, 2].unique().numel() == 5
 
 
+@pytest.mark.parametrize("first, last, n", [(2, 2048, 32), (16, 16, 5), (1, 7, 3), (4, 8, 1)])
+def test_nested_sizes_grow_in_equal_ratios(first, last, n):
+    sizes = nested_codebook_sizes(first, last, n)
+    assert len(sizes) == n and sizes[0] == first and sizes == sorted(sizes)
+    if n > 1:
+        assert sizes[-1] == last
+        bits = np.log2(first) + np.arange(n) * (np.log2(last) - np.log2(first)) / (n - 1)
+        assert np.abs(sizes - 2**bits).max() <= 0.5 + 1e-9
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_look_up_is_float32_whatever_the_weights(dtype):
     half = VectorQuantizer(256, 8).to(dtype)
@@ -90,6 +107,36 @@ def test_gradients_pass_straight_through_to_unit_latents():
     torch.testing.assert_close(latents.grad, unit.grad / 3)
 
 
+def test_the_rotation_trick_turns_the_gradient_with_the_latent():
+    quantizer = VectorQuantizer(16, 4).double()
+    quantizer.rotation_trick = True
+    latents = 3 * torch.randn(3, 5, 4, dtype=torch.float64)
+    unit = F.normalize(latents, dim=-1).requires_grad_()
+    output = quantizer(unit)
+    entries = quantizer.lookup(output.codes).detach()
+    torch.testing.assert_close(output.quantized, entries, rtol=0, atol=1e-15)  # values are the entries, exactly
+    upstream = torch.randn(3, 5, 4, dtype=torch.float64)
+    (output.quantized * upstream).sum().backward()
+    # The rotation in the plane of latent and entry, written as an exponential: exp(angle (q e^T - e q^T)), q upright.
+    e, q = unit.detach(), entries
+    upright = F.normalize(q - (q * e).sum(-1, keepdim=True) * e, dim=-1)
+    angle = torch.acos((q * e).sum(-1))[..., None, None]
+    generator = upright[..., :, None] * e[..., None, :]
+    rotation = torch.linalg.matrix_exp(angle * (generator - generator.mT))
+    torch.testing.assert_close((rotation @ e[..., None]).squeeze(-1), q)
+    turned = (rotation.mT @ upstream[..., None]).squeeze(-1)
+    tangential = turned - (turned * e).sum(-1, keepdim=True) * e
+    torch.testing.assert_close(unit.grad, tangential)
+    assert quantizer.codebook.grad is None
+
+
+def test_rotation_by_nothing_is_straight_through():
+    unit = F.normalize(torch.randn(6, 4), dim=-1).requires_grad_()
+    upstream = torch.randn(6, 4)
+    (rotate(unit, unit.detach()) * upstream).sum().backward()
+    torch.testing.assert_close(unit.grad, upstream)
+
+
 def test_losses():
     quantizer = VectorQuantizer(16, 4).double()
     latents = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
@@ -123,6 +170,53 @@ def test_losses():
 )
 def test_statistics(codes, perplexity, usage):
     assert codebook_statistics(codes, 8) == pytest.approx({"perplexity": perplexity, "usage": usage})
+
+
+# Finite scalars -------------------------------------------------------------------------------------------
+
+
+def test_finite_scalars_are_the_nearest_grid_points():
+    levels = [8, 5, 4, 3]
+    quantizer = FiniteScalarQuantizer(levels).double()
+    latents = 2 * torch.randn(50, 7, 4, dtype=torch.float64)
+    output = quantizer(latents)
+    for i, level in enumerate(levels):
+        half, offset = (level - 1) / 2, 0.5 if level % 2 == 0 else 0.0
+        bounded = half * np.tanh(latents[..., i].numpy() + np.arctanh(offset / half)) - offset
+        whole = np.round(bounded)
+        assert set(np.unique(whole)) == set(range(-(level // 2), (level + 1) // 2))  # all values, none outside
+        np.testing.assert_allclose(output.quantized[..., i].numpy(), whole / (level // 2), atol=1e-12)
+        np.testing.assert_allclose(quantizer.continuous(latents)[..., i].numpy(), bounded / (level // 2), atol=1e-12)
+    assert (quantizer.continuous(torch.zeros(1, 1, 4)).abs() < 1e-6).all()
+    assert torch.equal(quantizer.encode(latents), output.codes)
+    torch.testing.assert_close(quantizer.lookup(output.codes), output.quantized, rtol=0, atol=1e-7)
+    assert float(output.codebook_loss) == float(output.commitment_loss) == 0
+
+
+def test_grid_points_and_codes_correspond_one_to_one():
+    quantizer = FiniteScalarQuantizer([7, 5, 4])
+    codes = torch.arange(140)
+    points = quantizer.lookup(codes)
+    assert quantizer.codebook_size == 140 == len(points.unique(dim=0))
+    assert points.abs().max() == 1
+    # Latents that the bound maps onto the points, as nearly as it reaches them.
+    width, offset = torch.tensor([3, 2, 2]), torch.tensor([0, 0, 0.5])
+    half = torch.tensor([3, 2, 1.5])
+    latents = torch.atanh(((points * width + offset) / half).clamp(-0.999, 0.999)) - torch.atanh(offset / half)
+    assert torch.equal(quantizer.encode(latents[None])[0], codes)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(FiniteScalarQuantizer([7, 5, 4]).to(dtype).encode(latents[None])[0], codes)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(quantizer.encode(latents[None])[0], codes)
+
+
+def test_finite_scalars_pass_gradients_straight_through_the_rounding():
+    quantizer = FiniteScalarQuantizer([8, 5]).double()
+    latents = torch.randn(3, 5, 2, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(3, 5, 2, dtype=torch.float64)
+    (quantizer(latents).quantized * upstream).sum().backward()
+    (wanted,) = torch.autograd.grad((quantizer.continuous(latents) * upstream).sum(), latents)
+    torch.testing.assert_close(latents.grad, wanted)
 
 
 # Revival --------------------------------------------------------------------------------------------------
@@ -318,6 +412,12 @@ def test_two_processes_revive_as_one_does(tmp_path):
 def test_impossible_codebooks_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         VectorQuantizer(*arguments)
+
+
+@pytest.mark.parametrize("levels", [[], [8, 2]])
+def test_impossible_levels_are_refused(levels):
+    with pytest.raises(ValueError, match="fsq_levels must be one or more numbers of at least 3, got"):
+        FiniteScalarQuantizer(levels)
 
 
 def test_patience_is_at_least_one_step():

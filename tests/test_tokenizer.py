@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from spectralar import SpectralTokenizer
-from spectralar.quantizer import CodebookRevival
+from spectralar.quantizer import CodebookRevival, VectorQuantizer, nested_codebook_sizes
 from spectralar.spectral import dct2, low_pass, square_mask
 from spectralar.tokenizer import encoder_mask
 from tests.helpers import tiny_tokenizer
@@ -243,7 +243,8 @@ def smooth_images(channels: int) -> torch.Tensor:
 def train(tokenizer: SpectralTokenizer, images: torch.Tensor, steps: int) -> tuple[set[str], set[int]]:
     """Learns the images at full prefix; the parameters that had a gradient at some step, and the codes used."""
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
-    revival = CodebookRevival(tokenizer.quantizer, patience=5)
+    learned = isinstance(tokenizer.quantizer, VectorQuantizer)
+    revival = CodebookRevival(tokenizer.quantizer, patience=5) if learned else None
     reached, used = set(), set()
     for step in range(steps):
         frames, quantized, latents = tokenizer(images, torch.tensor([tokenizer.config.num_tokens]))
@@ -253,20 +254,26 @@ def train(tokenizer: SpectralTokenizer, images: torch.Tensor, steps: int) -> tup
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
         optimizer.step()
-        revival.update(quantized.codes, latents.detach(), step, step < 0.8 * steps)
+        if revival is not None:
+            revival.update(quantized.codes, latents.detach(), step, step < 0.8 * steps)
         reached |= {name for name, p in tokenizer.named_parameters() if p.grad is not None and p.grad.any()}
         used |= set(quantized.codes.flatten().tolist())
     return reached, used
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_eight_images_can_be_learned(channels):
-    tokenizer = SpectralTokenizer(
-        image_size=16, in_channels=channels, num_tokens=8, alpha=0.5, codebook_size=32, codebook_dim=8,
-        hidden_size=32, num_heads=2, encoder_layers=1, decoder_layers=1, mlp_ratio=2.0,
-    )  # fmt: skip
+@pytest.mark.parametrize("channels, rotation_trick, quantizer", [
+    (1, False, {}), (3, False, {}), (1, True, {}), (1, False, {"codebook_sizes": [4]}),
+    (1, False, {"fsq_levels": [4, 4, 3], "codebook_size": 48, "codebook_dim": 3}),
+])  # fmt: skip
+def test_eight_images_can_be_learned(channels, rotation_trick, quantizer):
+    shape = {
+        "image_size": 16, "in_channels": channels, "num_tokens": 8, "alpha": 0.5, "codebook_size": 32,
+        "codebook_dim": 8, "hidden_size": 32, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1,
+    }  # fmt: skip
+    tokenizer = SpectralTokenizer(**{**shape, "mlp_ratio": 2.0, **quantizer})
+    tokenizer.quantizer.rotation_trick = rotation_trick
     images = smooth_images(channels)
-    train(tokenizer, images, 130)
+    train(tokenizer, images, 200 if "fsq_levels" in quantizer else 130)
     error = F.mse_loss(tokenizer.decode(tokenizer.encode(images)), images)
     # One picture for all of them, the best that codes which say nothing allow, leaves the variance.
     assert error < 0.4 * (images - images.mean(dim=0)).square().mean()
@@ -305,6 +312,32 @@ def test_saving_and_loading_is_exact(tmp_path, dtype):
     assert torch.equal(loaded.decode(codes, [3, N]), tokenizer.decode(codes, [3, N]))
     as_float32 = SpectralTokenizer.from_pretrained(tmp_path)
     assert all(torch.equal(a, b.float()) for a, b in zip(as_float32.parameters(), tokenizer.parameters(), strict=True))
+
+
+GRID = {"fsq_levels": [4, 3, 5], "codebook_size": 60, "codebook_dim": 3}
+
+
+def test_a_grid_is_saved_and_loaded_as_its_levels(tmp_path):
+    tokenizer = tiny_tokenizer(**GRID).half()
+    tokenizer.save_pretrained(tmp_path)
+    for loaded in (SpectralTokenizer.from_pretrained(tmp_path),
+                   SpectralTokenizer.from_pretrained(tmp_path, low_cpu_mem_usage=False)):  # fmt: skip
+        assert list(loaded.config.fsq_levels) == [4, 3, 5]
+        assert not [name for name in loaded.state_dict() if name.startswith("quantizer")]
+        images = images_for(loaded)
+        codes = loaded.encode(images)
+        assert torch.equal(codes, tiny_tokenizer(**GRID).half().float().encode(images))
+        assert 1 < codes.unique().numel() and codes.max() < 60
+        assert torch.equal(loaded.quantizer.lookup(codes), loaded.quantizer(loaded.latents(images)).quantized)
+
+
+def test_the_first_nested_size_stands_for_all(tmp_path):
+    tokenizer = tiny_tokenizer(codebook_sizes=[2])
+    assert list(tokenizer.config.codebook_sizes) == nested_codebook_sizes(2, K, N)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = SpectralTokenizer.from_pretrained(tmp_path)
+    assert loaded.quantizer.codebook_sizes == tokenizer.quantizer.codebook_sizes
+    assert (loaded.encode(images_for(loaded, 20)) < torch.tensor(loaded.quantizer.codebook_sizes)).all()
 
 
 # Bad input ------------------------------------------------------------------------------------------------
@@ -382,7 +415,10 @@ def test_unfit_use_of_the_prefix_decoder():
     ("config", "message"),
     [
         ({"image_size": 18}, "image_size 18 must be a multiple of patch_size 4"),
-        ({"codebook_sizes": [4, 8]}, f"codebook_sizes needs one size for each of the {N} tokens"),
+        ({"codebook_sizes": [4, 8]}, f"codebook_sizes needs one size for each of the {N} tokens, or the first alone"),
+        ({"codebook_sizes": [K + 1]}, "codebook_sizes must lie between 1 and codebook_size"),
+        ({"fsq_levels": [4, 3, 5]}, r"fsq_levels \[4, 3, 5\] need codebook_size 60 and codebook_dim 3"),
+        ({**GRID, "codebook_sizes": [2]}, "set one"),
         ({"codebook_sizes": [K + 1] * N}, "codebook_sizes must lie between 1 and codebook_size"),
         ({"num_heads": 5}, "hidden_size 32 must be a multiple of num_heads 5"),
         ({"alpha": -1.0}, "alpha must be 0 or a positive number"),

@@ -68,6 +68,8 @@ class TokenizerConfig:
     alpha: float = 1.5  # exponent of the cutoff schedule; > 1 spends more tokens on low frequencies, 0 = no cutoffs
     codebook_size: int = 1024  # K, entries
     codebook_dim: int = 12  # dimension of an entry
+    codebook_sizes: list[int] = field(default_factory=list)  # nested: K_1 alone, growing to K, or all K_t; [] = all K
+    fsq_levels: list[int] = field(default_factory=list)  # values a dimension, K in all; [] = a learned cosine codebook
     hidden_size: int = 144  # width of encoder and decoder
     num_heads: int = 4  # attention heads; divides hidden_size
     encoder_layers: int = 4  # blocks
@@ -133,6 +135,7 @@ class TokenizerStage(StageConfig):
     prefix_law: str = "mixed"  # of the sampled lengths: "uniform", "powers" (of two), "mixed" = half and half
     prefix_weight: float = 0.5  # weight of a sampled prefix's squared error, times min(largest_boost, H / r_k)
     largest_boost: float = 8.0  # of prefixes of few coefficients; 1 = equal weights
+    rotation_trick: bool = False  # gradients turned with the latent instead of straight through the quantizer
     quantize_from: int = 200  # steps of plain autoencoding before; the codebook then starts at what is encoded
     revive_after: int = 100  # steps without use after which a code is revived from the batch
     revive_until: float = 0.8  # fraction of the steps after which no code is revived any more
@@ -239,6 +242,9 @@ def check_config(config: Config) -> None:
     if (tokenizer.image_size, tokenizer.in_channels) != (data.image_size, data.channels):
         raise ValueError("tokenizer.image_size and tokenizer.in_channels follow data.image_size and "
                          "data.channels: set those.")
+    if tokenizer.fsq_levels and config.train_tokenizer.rotation_trick:
+        raise ValueError("train_tokenizer.rotation_trick turns gradients onto the entries of a codebook, which "
+                         "tokenizer.fsq_levels has none of: switch one off.")
     for divisor, number in (
         ("tokenizer.patch_size", "data.image_size"),
         ("tokenizer.num_heads", "tokenizer.hidden_size"),

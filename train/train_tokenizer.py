@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralar.quantizer import CodebookRevival, codebook_statistics
+from spectralar.quantizer import CodebookRevival, VectorQuantizer, codebook_statistics
 from spectralar.spectral import low_pass, nested_targets
 from spectralar.tokenizer import SpectralTokenizer
 
@@ -124,11 +124,15 @@ def pixel_terms(
 
 def make_tokenizer(run: Run, config: Config) -> SpectralTokenizer:
     """The tokenizer to train: with random weights or those of a trained one, whose codebook is in use at once."""
-    folder, wanted = config.train_tokenizer.init_from, asdict(config.tokenizer)
+    folder, names = config.train_tokenizer.init_from, asdict(config.tokenizer)
+    try:
+        fresh = SpectralTokenizer(**names)
+    except ValueError as error:
+        run.exit(str(error))
     if not folder:
-        return SpectralTokenizer(**wanted)
+        return fresh
     tokenizer = load_tokenizer(Path(folder)).float()
-    different = [f"{name}={tokenizer.config[name]}" for name in wanted if tokenizer.config[name] != wanted[name]]
+    different = [f"{name}={tokenizer.config[name]}" for name in names if tokenizer.config[name] != fresh.config[name]]
     if different:
         run.exit(f"The tokenizer in {folder} has {', '.join(different)}, other than this run: set the same.")
     return tokenizer.requires_grad_(True).train()
@@ -145,8 +149,12 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     forward = torch.compile(model) if stage.compile else model
     averaged = averaged_parameters(tokenizer)
     ema = make_ema(averaged, stage.ema_decay)
-    revival, revived = CodebookRevival(tokenizer.quantizer, stage.revive_after, stage.seed), 0
-    accelerator.register_for_checkpointing(ema, revival)
+    accelerator.register_for_checkpointing(ema)
+    revival, revived = None, 0
+    if isinstance(tokenizer.quantizer, VectorQuantizer):
+        tokenizer.quantizer.rotation_trick = stage.rotation_trick
+        revival = CodebookRevival(tokenizer.quantizer, stage.revive_after, stage.seed)
+        accelerator.register_for_checkpointing(revival)
     cutoffs = torch.tensor((1, *tokenizer.cutoffs), device=device)  # indexed by prefix length
     terms, facts = pixel_terms(run, stage, tokenizer.config.in_channels, cutoffs)
     eval_images = heldout.images[evenly(len(heldout), EVAL_IMAGES)]
@@ -193,9 +201,9 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
             term.step()
         revive = step % REVIVAL_EVERY == 0 and step < stage.revive_until * stage.steps
         codes, latents = (torch.cat(x) for x in zip(*parts, strict=True))
-        if step + 1 == quantize_from:
+        if revival and step + 1 == quantize_from:
             revival.fill(latents, step)
-        elif quantize:
+        elif revival and quantize:
             revived += revival.update(codes, latents, step, revive)
 
         done = step + 1

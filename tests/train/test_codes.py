@@ -1,9 +1,13 @@
 """Stored codes: what goes in comes out, nothing foreign, damaged or outdated does, and encoding resumes."""
 
+import hashlib
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from spectralar import SpectralTokenizer
 from tests.helpers import tiny_tokenizer
 from train.codes import fingerprint, read_shards, shard_identity, write_shard
 from train.config import load_config
@@ -80,6 +84,19 @@ def test_fingerprint_is_of_shape_and_half_precision_weights():
         assert fingerprint(tokenizer) != own, name
         parameter.data.copy_(before)
     assert fingerprint(tokenizer) == own
+
+
+def test_a_model_saved_before_there_was_a_choice_of_quantizers_keeps_its_fingerprint(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["fsq_levels"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert fingerprint(SpectralTokenizer.from_pretrained(tmp_path)) == fingerprint(tokenizer)
+    digest = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k[0] != "_"}, sort_keys=True).encode())
+    for name, value in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode() + value.half().numpy().tobytes())
+    assert fingerprint(tokenizer) == digest.hexdigest()
 
 
 def test_images_are_encoded_in_order_and_augmented_by_seed():
