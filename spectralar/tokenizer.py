@@ -20,6 +20,11 @@ from .spectral import cutoff_schedule, low_pass
 # One key/value pair (B, heads, k, head_dim) for each decoder layer.
 LayerKV = list[tuple[Tensor, Tensor]]
 
+# Mask tokens that run through the decoder at once: on a CPU as many as its cache holds the activations of, on others
+# as many as keep them busy. More would only take more memory.
+ROWS_AT_ONCE = {"cpu": 2048}
+ROWS_AT_ONCE_ELSEWHERE = 32768
+
 
 @lru_cache(maxsize=32)
 def encoder_mask(num_patches: int, num_tokens: int, device: torch.device) -> Tensor:
@@ -30,6 +35,14 @@ def encoder_mask(num_patches: int, num_tokens: int, device: torch.device) -> Ten
         mask[:, num_patches:] = False
         mask[num_patches:, num_patches:] = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
         return mask
+
+
+def _join(of_masks: Tensor, of_tokens: Tensor, frames: int) -> Tensor:
+    """Keys or values of mask tokens (B S or 1, heads, P, head_dim), then of their image's tokens (B, heads, n, ..)."""
+    batch = of_tokens.shape[0]
+    of_masks = of_masks.expand(batch * frames, -1, -1, -1).unflatten(0, (batch, frames))  # (B, S, heads, P, head_dim)
+    of_tokens = of_tokens.unsqueeze(1).expand(-1, frames, -1, -1, -1)  # (B, S, heads, n, head_dim)
+    return torch.cat([of_masks, of_tokens], dim=3).flatten(0, 1)
 
 
 class SpectralTokenizer(ModelMixin, ConfigMixin):
@@ -86,7 +99,8 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
             raise ValueError(f"codebook_sizes needs one size for each of the {num_tokens} tokens, or the first alone.")
         self.register_to_config(codebook_sizes=codebook_sizes, fsq_levels=fsq_levels)  # as they came out
         self.cutoffs = cutoff_schedule(image_size, num_tokens, alpha)
-        self.num_patches = (image_size // patch_size) ** 2
+        self._grid = image_size // patch_size
+        self.num_patches = self._grid**2
         patch_dim = in_channels * patch_size**2
 
         self.patch_embed = nn.Linear(patch_dim, hidden_size)
@@ -134,8 +148,7 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
     def latents(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
         """Continuous latents before quantization: images (B, C, H, H) in [-1, 1] -> (B, n, d)."""
         n = self._prefix_length(num_tokens)
-        batch, patch = images.shape[0], self.config.patch_size
-        grid = self.config.image_size // patch
+        batch, patch, grid = images.shape[0], self.config.patch_size, self._grid
         x = images.reshape(batch, self.config.in_channels, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(batch, self.num_patches, self.patch_embed.in_features)  # (B, P, C p p)
         x = self.patch_embed(x.to(self.patch_embed.weight.dtype))  # (B, P, D)
@@ -188,11 +201,22 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
                 raise ValueError(f"a tensor of prefix lengths must have shape ({codes.shape[0]},), one an image.")
             largest = self._check_lengths(num_tokens.tolist(), available)
             lengths = num_tokens.to(codes.device).unsqueeze(1)  # (B, 1)
-        else:
-            largest = self._check_lengths(num_tokens, available)
-            lengths = torch.tensor(num_tokens, device=codes.device)  # (S,)
-        images = self.decode_latents(self.quantizer.lookup(codes[:, :largest]), lengths)
-        return images[:, 0] if isinstance(num_tokens, Tensor) else images
+            return self.decode_latents(self.quantizer.lookup(codes[:, :largest]), lengths)[:, 0]
+        largest = self._check_lengths(num_tokens, available)
+        return self._decode_prefixes(codes[:, :largest], list(num_tokens))
+
+    def _decode_prefixes(self, codes: Tensor, lengths: list[int]) -> Tensor:
+        """All images at S prefix lengths, some lengths at a time: codes (B, n) -> (B, S, C, H, H)."""
+        kv = self._token_kv(self._embed(codes))
+        rows = ROWS_AT_ONCE.get(codes.device.type, ROWS_AT_ONCE_ELSEWHERE)
+        count = max(1, rows // max(1, codes.shape[0] * self.num_patches))
+        frames = []
+        for some in (lengths[i : i + count] for i in range(0, len(lengths), count)):
+            seen = [(k[:, :, : max(some)], v[:, :, : max(some)]) for k, v in kv]
+            at = torch.tensor(some, device=codes.device)  # (s,)
+            visible = torch.arange(max(some), device=codes.device) < at[:, None]  # (s, max)
+            frames.append(self._render(seen, self._cutoff_tensor(some, codes.device), visible))
+        return torch.cat(frames, dim=1)
 
     def decode_latents(self, quantized: Tensor, lengths: Tensor) -> Tensor:
         """Differentiable decode of quantized latents (B, n, d) at lengths (S,) or (B, S) -> (B, S, C, H, H)."""
@@ -223,31 +247,41 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         end = position + quantized.shape[1]
         return self.from_latent(quantized.to(self.from_latent.weight.dtype)) + self.token_position[position:end]
 
-    def _token_kv(self, x: Tensor, cache: KVCache | None = None, position: int = 0) -> LayerKV:
-        """Runs spectral tokens x (B, n, D) through the decoder; their keys and values in every layer.
-
-        With a cache, x holds the tokens from `position` on and the pairs returned hold all tokens so far.
-        """
+    def _token_kv(self, x: Tensor) -> LayerKV:
+        """Runs spectral tokens x (B, n, D) through the decoder; their keys and values in every layer."""
         pairs: LayerKV = []
         for layer in range(len(self.decoder)):
-            x, *pair = self._checkpointed(self._token_layer, layer, x, cache, position)
+            x, *pair = self._checkpointed(self._token_layer, layer, x)
             pairs.append(tuple(pair))
         return pairs
 
-    def _token_layer(self, layer: int, x: Tensor, cache: KVCache | None, position: int) -> tuple[Tensor, ...]:
+    def _token_layer(self, layer: int, x: Tensor) -> tuple[Tensor, ...]:
         """A decoder layer on spectral tokens (B, n, D): its output, and the keys and values in it."""
         block = self.decoder[layer]
         q, k, v = block.attn.qkv(block.norm1(x))
-        if cache is not None:
-            k, v = cache.write(layer, position, k, v)
         if layer + 1 == len(self.decoder):
             return x, k, v  # nobody reads what the last layer would make of the spectral tokens
-        mask = None
-        if position > 0 and q.shape[2] > 1:  # several new tokens behind old ones: causal, shifted
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(position)
-        causal = mask is None and q.shape[2] > 1
-        x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
+        x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, is_causal=True))
         return x + block.mlp(block.norm2(x)), k, v
+
+    def _run_with_masks(self, x: Tensor, new: int, start: int, cache: KVCache) -> Tensor:
+        """T new spectral tokens and all mask tokens, x (B, T + P, D), through the decoder in one pass.
+
+        The tokens before `start` are in the cache, the new ones get there. Returns the mask tokens (B, P, D).
+        """
+        mask = None
+        if new:
+            size = x.shape[1]
+            mask = torch.ones(size, start + size, dtype=torch.bool, device=x.device).tril(start)
+            mask[new:] = True  # mask tokens see everything, spectral tokens what is before them
+        for layer, block in enumerate(self.decoder):
+            q, k, v = block.attn.qkv(block.norm1(x))
+            k, v = cache.write(layer, start, k, v)  # (B, heads, start + T + P, head_dim)
+            if layer + 1 == len(self.decoder):
+                q, x, mask = q[:, :, new:], x[:, new:], None
+            x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+            x = x + block.mlp(block.norm2(x))
+        return x
 
     def _render(self, kv: LayerKV, cutoffs: Tensor, visible: Tensor | None = None) -> Tensor:
         """Mask tokens look at spectral keys and values; cutoffs (), (S,) or (B, S) -> images (B, S, C, H, H).
@@ -255,32 +289,37 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         visible: (S, n) or (B, S, n), True for the spectral tokens a frame may see; None for all of them.
         """
         batch, frames = kv[0][0].shape[0], (1 if visible is None else visible.shape[-2])
-        rows, p = batch * frames, self.num_patches
         mask = None
         if visible is not None:
             visible = visible.expand(batch, frames, -1).flatten(0, 1)[:, None, None]  # (B S, 1, 1, n)
-            mask = F.pad(visible, (p, 0), value=True)  # (B S, 1, 1, P + n): mask tokens see all mask tokens
-        x = self.mask_tokens.expand(rows, -1, -1)  # (B S, P, D)
+            mask = F.pad(visible, (self.num_patches, 0), value=True)  # (B S, 1, 1, P + n): mask tokens see all mask tokens
+        # The first layer gets the same from all images: its queries, keys and values are computed once.
+        x = self.mask_tokens.unsqueeze(0)  # (1, P, D)
         for block, (token_k, token_v) in zip(self.decoder, kv, strict=True):
             x = self._checkpointed(self._mask_token_layer, block, x, token_k, token_v, frames, mask)
-        x = self.to_pixels(self.decoder_norm(x))  # (B S, P, C p p)
-        grid, patch = self.config.image_size // self.config.patch_size, self.config.patch_size
-        x = x.view(rows, grid, grid, self.config.in_channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
-        x = x.reshape(rows, self.config.in_channels, grid * patch, grid * patch)  # (B S, C, H, H)
-        x = x + self.seam_conv(x)
-        return low_pass(x.unflatten(0, (batch, frames)), cutoffs)  # (B, S, C, H, H)
+        return low_pass(self._to_images(x).unflatten(0, (batch, frames)), cutoffs)  # (B, S, C, H, H)
 
     @staticmethod
     def _mask_token_layer(
         block: Block, x: Tensor, token_k: Tensor, token_v: Tensor, frames: int, mask: Tensor | None
     ) -> Tensor:
-        """A decoder layer on mask tokens x (B S, P, D), which also see keys and values (B, heads, n, head_dim)."""
+        """A decoder layer on mask tokens x (B S, P, D), which also see keys and values (B, heads, n, head_dim).
+
+        x may be (1, P, D), the same for all frames: they are told apart by what they see.
+        """
         q, k, v = block.attn.qkv(block.norm1(x))
-        if frames > 1:
-            token_k, token_v = (t.repeat_interleave(frames, dim=0) for t in (token_k, token_v))
-        k, v = torch.cat([k, token_k], dim=2), torch.cat([v, token_v], dim=2)  # (B S, heads, P + n, head_dim)
+        k, v = _join(k, token_k, frames), _join(v, token_v, frames)  # (B S, heads, P + n, head_dim)
+        q = q.expand(k.shape[0], -1, -1, -1)
         x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
         return x + block.mlp(block.norm2(x))
+
+    def _to_images(self, x: Tensor) -> Tensor:
+        """Mask tokens behind the last layer (B, P, D) -> images (B, C, H, H), not yet band-limited."""
+        x = self.to_pixels(self.decoder_norm(x))  # (B, P, C p p)
+        grid, patch, channels = self._grid, self.config.patch_size, self.config.in_channels
+        x = x.view(x.shape[0], grid, grid, channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
+        x = x.reshape(x.shape[0], channels, grid * patch, grid * patch)  # (B, C, H, H)
+        return x + self.seam_conv(x)
 
     def _checkpointed(self, function: Callable, *args: Any) -> Any:
         """function(*args); with gradient checkpointing, what it computes on the way is computed again, not kept."""
@@ -325,7 +364,8 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
 class PrefixDecoder:
     """Incremental decode: append codes as they arrive, ask for the image of the prefix so far at any time.
 
-    Each spectral token passes through the decoder once; only mask tokens are run again for a frame.
+    Each spectral token passes through the decoder once, together with the mask tokens of the next frame: they share
+    the weights that are read. Mask tokens are run again for each frame.
 
     Args:
         tokenizer: the tokenizer whose decoder runs.
@@ -337,13 +377,13 @@ class PrefixDecoder:
         self.batch_size = batch_size
         config = tokenizer.config
         self.length = 0
-        self._kv: LayerKV = []
+        self._waiting: list[Tensor] = []
+        # [spectral tokens so far | mask tokens], the latter written over by each frame.
         self._cache = KVCache(
-            config.decoder_layers, batch_size, config.num_heads, config.num_tokens,
+            config.decoder_layers, batch_size, config.num_heads, config.num_tokens + tokenizer.num_patches,
             config.hidden_size // config.num_heads, like=tokenizer.token_position,
         )  # fmt: skip
 
-    @torch.no_grad()
     def append(self, codes: Tensor) -> None:
         """Adds codes (B, T), int64, behind the ones so far; B is the decoder's batch size, and no more than N in all.
 
@@ -355,8 +395,7 @@ class PrefixDecoder:
                 f"codes must have shape ({batch}, T), T >= 1, and be no more than {limit} with the {self.length} "
                 f"before them; got {tuple(codes.shape)}."
             )
-        tokens = self.tokenizer._embed(codes, self.length)
-        self._kv = self.tokenizer._token_kv(tokens, self._cache, self.length)
+        self._waiting.append(codes.clone())
         self.length += codes.shape[1]
 
     @torch.no_grad()
@@ -364,5 +403,14 @@ class PrefixDecoder:
         """The image (B, C, H, H) of the prefix so far."""
         if not self.length:
             raise ValueError("append at least one code before asking for a frame.")
-        cutoff = torch.tensor(self.tokenizer.cutoffs[self.length - 1], device=self._kv[0][0].device)
-        return self.tokenizer._render(self._kv, cutoff)[:, 0]
+        tokenizer = self.tokenizer
+        masks = tokenizer.mask_tokens.expand(self.batch_size, -1, -1)  # (B, P, D)
+        new = sum(codes.shape[1] for codes in self._waiting)
+        start = self.length - new
+        x = masks
+        if new:
+            codes = torch.cat(self._waiting, dim=1)  # (B, T)
+            self._waiting.clear()
+            x = torch.cat([tokenizer._embed(codes, start), masks], dim=1)  # (B, T + P, D)
+        x = tokenizer._run_with_masks(x, new, start, self._cache)
+        return low_pass(tokenizer._to_images(x), tokenizer.cutoffs[self.length - 1])
