@@ -292,7 +292,7 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         mask = None
         if visible is not None:
             visible = visible.expand(batch, frames, -1).flatten(0, 1)[:, None, None]  # (B S, 1, 1, n)
-            mask = F.pad(visible, (self.num_patches, 0), value=True)  # (B S, 1, 1, P + n): mask tokens see all mask tokens
+            mask = F.pad(visible, (self.num_patches, 0), value=True)  # (B S, 1, 1, P + n): masks see masks
         # The first layer gets the same from all images: its queries, keys and values are computed once.
         x = self.mask_tokens.unsqueeze(0)  # (1, P, D)
         for block, (token_k, token_v) in zip(self.decoder, kv, strict=True):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from spectralar import SpectralTokenizer
 from spectralar.quantizer import CodebookRevival, VectorQuantizer, nested_codebook_sizes
 from spectralar.spectral import dct2, low_pass, square_mask
-from spectralar.tokenizer import encoder_mask
+from spectralar.tokenizer import ROWS_AT_ONCE, encoder_mask
 from tests.helpers import tiny_tokenizer
 
 N, K = 12, 32  # of `tiny_tokenizer`
@@ -155,6 +155,25 @@ def test_all_ways_to_decode_agree(tokenizer):
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(separate, separate[1:], strict=False))
 
 
+def test_a_frame_may_be_asked_for_twice_or_not_at_all(tokenizer):
+    codes = random_codes()
+    decoder = tokenizer.prefix_decoder(3)
+    for k in range(1, N + 1):
+        decoder.append(codes[:, k - 1 : k])
+        if k in (4, 5, N):
+            for _ in range(2):
+                torch.testing.assert_close(decoder.frame(), tokenizer.decode(codes, k), **EXACT)
+
+
+def test_all_ways_to_decode_agree_in_float32():
+    tokenizer, codes = tiny_tokenizer(3), random_codes()
+    together, decoder = tokenizer.decode(codes, list(range(1, N + 1))), tokenizer.prefix_decoder(3)
+    for k in range(1, N + 1):
+        decoder.append(codes[:, k - 1 : k])
+        for image in (decoder.frame(), together[:, k - 1]):
+            torch.testing.assert_close(image, tokenizer.decode(codes[:, :k]), rtol=0, atol=1e-5)
+
+
 def test_one_prefix_length_an_image(tokenizer):
     codes, lengths = random_codes(4), [5, 1, N, 5]
     images = tokenizer.decode(codes, torch.tensor(lengths))
@@ -163,7 +182,9 @@ def test_one_prefix_length_an_image(tokenizer):
         torch.testing.assert_close(images[i], tokenizer.decode(codes[i : i + 1], k)[0], **EXACT)
 
 
-def test_lengths_in_any_order_and_more_than_once(tokenizer):
+@pytest.mark.parametrize("rows", [1, 100, 10**6], ids=["one at a time", "two", "all"])
+def test_lengths_in_any_order_and_more_than_once(tokenizer, monkeypatch, rows):
+    monkeypatch.setitem(ROWS_AT_ONCE, "cpu", rows)  # 3 images of 16 mask tokens: 48 for each length
     codes = random_codes()
     frames = tokenizer.decode(codes, [7, 2, 2])
     for i, k in enumerate((7, 2, 2)):
