@@ -35,7 +35,7 @@ CHOICES = {
 FRACTIONS = {"dropout", "label_dropout", "min_lr_ratio", "beta1", "beta2", "ema_decay", "revive_until"}
 MAY_BE_ZERO = {"limit", "seed", "warmup_steps", "weight_decay", "grad_clip", "quantizer_weight", "commitment",
                "quantize_from", "prefixes_per_step", "adversarial_from", "lecam_weight",
-               "alpha"}
+               "alpha", "early_stopping"}
 
 
 @dataclass
@@ -148,6 +148,7 @@ class TransformerStage(StageConfig):
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: memory for a third more work
     label_dropout: float = 0.1  # probability of the null class, for classifier-free guidance
     codes: str = "stored"  # "stored" = what encode_dataset wrote; "on-the-fly" = encode at each step, augmented
+    early_stopping: int = 0  # measurements without a lower held-out loss to end after, with the best weights; 0 = off
     copies: int = 4  # stored: differently augmented encodings of every image, the first one not augmented
 
 

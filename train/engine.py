@@ -353,14 +353,14 @@ class Run:
             with self.clock.pause():
                 self.checkpoints.save(done, self._identity)
 
-    def finish(self, done: int) -> bool:
-        """Saves, says how the run ended; True when all steps are done.
+    def finish(self, done: int, early: bool = False) -> bool:
+        """Saves, says how the run ended; True when all steps are done, or as many as are wanted.
 
         Raises:
             SystemExit: after a signal, with the exit code a shell expects: what was to come next must not.
         """
         self.save(done)
-        complete = done >= self.stage.steps and not self.dry
+        complete = (early or done >= self.stage.steps) and not self.dry
         if self.dry:
             self._read_clock(done)
             rate, share = self._speed.values()

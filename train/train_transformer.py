@@ -21,10 +21,11 @@ from spectralar.tokenizer import SpectralTokenizer
 from spectralar.transformer import SpectralARTransformer
 
 from .checkpoints import publish
-from .codes import fingerprint, read_shards
+from .codes import StoredCodes, fingerprint, read_shards
 from .command_line import clear_errors, parse_arguments, read_split
 from .config import Config
 from .data import ImageSet, augment, to_float
+from .early_stopping import EarlyStopping
 from .encode_dataset import encode_images, load_tokenizer, wanted_shards
 from .engine import Run, evenly, image_grid, make_ema
 from .optimizers import make_optimizer
@@ -34,7 +35,10 @@ SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_GUIDANCE = 10, 8, 2.0
 
 
 class CodeSource:
-    """Codes and labels of the images a step takes: stored ones, or encoded from images on the way."""
+    """Codes and labels of the images a step takes: stored ones, or encoded from images on the way.
+
+    `seen` and `heldout` are those of images to measure on, none of them augmented.
+    """
 
     def __init__(self, config: Config, run: Run, tokenizer: SpectralTokenizer) -> None:
         self.config, self.run, self.tokenizer = config, run, tokenizer
@@ -47,19 +51,22 @@ class CodeSource:
             except ValueError as error:
                 run.exit(str(error))
             self.codes, self.labels, self.class_names = stored.codes, stored.labels, stored.class_names
-            measured = evenly(len(heldout.labels), EVAL_IMAGES)
-            self.heldout = heldout.codes[0, measured].long(), heldout.labels[measured]
+            self.seen, self.heldout = (self._some_of(split) for split in (stored, heldout))
         else:
             self.images = read_split(config, "train")
             self.fetch = run.prefetch(self.images)
             self.labels, self.class_names = self.images.labels, self.images.class_names
             heldout = read_split(config, "eval")
-            measured = evenly(len(heldout), EVAL_IMAGES)
-            codes = encode_images(tokenizer, heldout.images[measured], [], 0)
-            self.heldout = codes.long(), heldout.labels[measured]
+            self.seen, self.heldout = (self._some_of(split) for split in (self.images, heldout))
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def _some_of(self, split: StoredCodes | ImageSet) -> tuple[Tensor, Tensor]:
+        chosen = evenly(len(split.labels), EVAL_IMAGES)
+        if isinstance(split, StoredCodes):
+            return split.codes[0, chosen].long(), split.labels[chosen]
+        return encode_images(self.tokenizer, split.images[chosen], [], 0).long(), split.labels[chosen]
 
     def batch(self, chosen: Tensor, slot: int, slots: int, step: int) -> tuple[Tensor, Tensor]:
         """Codes (b, N) and labels (b,) of a slice of the step's batch (see `Run.micro_batches`); some labels null."""
@@ -84,7 +91,7 @@ def next_token_loss(logits: Tensor, codes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: SpectralARTransformer, codes: Tensor, labels: Tensor, device: torch.device) -> Tensor:
-    """Held-out next-token loss by position (N,), in nats."""
+    """Next-token loss by position (N,), in nats, without dropout."""
     model.eval()
     total = torch.zeros(codes.shape[1], device=device)
     for c, y in zip(codes.split(256), labels.split(256), strict=True):
@@ -99,6 +106,14 @@ def summarise(by_position: Tensor, name: str) -> dict[str, float]:
     n, values = len(by_position), by_position.tolist()
     shown = sorted({2**i for i in range(n.bit_length())} | {n})
     return {name: sum(values) / n} | {f"{name}_{k}": values[k - 1] for k in shown}
+
+
+def compare(seen: Tensor, heldout: Tensor) -> str:
+    """Losses by position (N,) of images trained on beside those of held-out ones."""
+    pairs = zip(summarise(seen, "").items(), summarise(heldout, "").values(), strict=True)
+    (_, mean), *positions = [(name[1:], f"{ours:.3f} / {theirs:.3f}") for (name, ours), theirs in pairs]
+    by_position = ", ".join(f"{k}: {values}" for k, values in positions)
+    return f"next-token loss of images trained on / held out {mean}; by position {by_position}"
 
 
 def make_pipeline(
@@ -144,11 +159,17 @@ def train(run: Run, config: Config) -> None:
     parameters = list(transformer.parameters())
     ema = make_ema(parameters, stage.ema_decay)
     accelerator.register_for_checkpointing(ema)
+    stopping = EarlyStopping(stage.early_stopping)
+    if stage.early_stopping:
+        accelerator.register_for_checkpointing(stopping)
     run.print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {len(source)} images.")
 
-    done = run.resume(tokenizer_weights=fingerprint(tokenizer), class_names=source.class_names)
+    done = run.resume(
+        tokenizer_weights=fingerprint(tokenizer), class_names=source.class_names,
+        train_transformer={"early_stopping": stage.early_stopping},
+    )  # fmt: skip
     ema.to(device)  # a checkpoint is loaded to the CPU
-    for step in run.steps(done):
+    for step in () if stopping.over else run.steps(done):
         by_position = torch.zeros(tokenizer.config.num_tokens, device=device)
         for part, (chosen, slot, slots) in enumerate(run.micro_batches(len(source), step)):
             codes, labels = source.batch(chosen, slot, slots, step)
@@ -171,17 +192,23 @@ def train(run: Run, config: Config) -> None:
         if measure or show:
             with run.averaged(ema, parameters):
                 if measure:
-                    heldout = summarise(evaluate(transformer, *source.heldout, device), "loss/heldout")
-                    run.log(heldout, done)
-                    run.print(f"step {done}: train {by_position.mean():.3f}, held-out {heldout['loss/heldout']:.3f}")
+                    seen, heldout = (evaluate(transformer, *s, device) for s in (source.seen, source.heldout))
+                    run.log(summarise(seen, "loss/seen") | summarise(heldout, "loss/heldout"), done)
+                    run.print(f"step {done}: {compare(seen, heldout)}")
+                    stopping.update(float(run.mean(heldout.mean())), parameters, done)
                 if show:
                     pipeline = make_pipeline(tokenizer, transformer, source.class_names)
                     run.log_images("samples", sample_grid(pipeline, stage.seed), done)
         if done % stage.checkpoint_every == 0:
             run.save(done)
+        if stopping.over:
+            break
 
-    if run.finish(done) and run.is_main:
+    if run.finish(done, early=stopping.over) and run.is_main:
         ema.copy_to(parameters)
+        if stopping.patience:
+            stopping.copy_to(parameters)
+            run.print(f"Weights of step {stopping.step}, of the lowest held-out loss, {stopping.lowest:.4f}.")
         pipeline = make_pipeline(tokenizer.half(), transformer.half(), source.class_names)
         folder = run.args.output / "pipeline"
         publish(folder, pipeline.save_pretrained)

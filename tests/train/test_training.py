@@ -96,7 +96,7 @@ def test_training_learns_and_its_log_is_complete(reference, stage):
     (last,) = [line for line in metrics(reference, stage) if "lr" not in line]
     measured = {"tokenizer": {f"eval/psnr_{kind}{k}" for kind in ("", "low_pass_") for k in (1, 2, 4)}
                              | {"eval/perplexity", "eval/usage"},
-                "transformer": {"loss/heldout", "loss/heldout_1", "loss/heldout_2", "loss/heldout_4"}}  # fmt: skip
+                "transformer": {f"loss/{images}{k}" for images in ("seen", "heldout") for k in ("", "_1", "_2", "_4")}}
     assert last.keys() == {"step"} | measured[stage]
     folder = reference / f"train_{stage}"
     assert {path.name for path in folder.iterdir()} == {
