@@ -20,8 +20,8 @@ def fingerprint(tokenizer: SpectralTokenizer) -> str:
     """SHA-256 of a tokenizer's shape and weights, at the half precision they ship in."""
     digest = hashlib.sha256()
     config = {key: value for key, value in tokenizer.config.items() if not key.startswith("_")}
-    if config["fsq_levels"] is None:
-        del config["fsq_levels"]  # came later: older models keep their fingerprint
+    if config.get("fsq_levels") is None:
+        config.pop("fsq_levels", None)  # came later: older models keep their fingerprint
     digest.update(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(tokenizer.state_dict().items()):
         digest.update(name.encode())
