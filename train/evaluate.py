@@ -3,8 +3,9 @@
     python -m train.evaluate runs/fashion-mnist-32/pipeline --config fashion-mnist-32
     accelerate launch -m train.evaluate ...                    # the same figures from several processes
 
-Writes results.json, report.md (tables for a model card) and figures/ to the output folder, where the codes of the
-samples are kept too: the same command goes on where it was interrupted, and a larger --samples only adds to them.
+Writes report.html (one file with all tables and pictures), report.md (the same for a model card), figures/ and
+results.json to the output folder, where the codes of the samples are kept too: the same command goes on where it was
+interrupted, and a larger --samples only adds to them.
 Real images are those of the evaluation split, which neither the models nor the judges were trained on.
 """
 
@@ -31,7 +32,6 @@ from spectralar import SpectralARPipeline
 from spectralar.analysis import write_statistics
 from spectralar.labels import LabelNames
 
-from . import report
 from .codes import fingerprint
 from .command_line import clear_errors, read_split
 from .config import Config, load_config
@@ -46,13 +46,17 @@ from .measurements import (
     entropy_by_position,
     measure_samples,
     next_token_loss,
+    perceptual_distances,
     prefix_quality,
     reconstruct,
     references,
 )
-from .pictures import draw_reconstructions, draw_samples
+from .neighbours import Looked, find_neighbours
+from .pictures import draw_neighbours, draw_reconstructions, draw_samples
 from .processes import Team
+from .report import markdown
 from .report_figures import draw_charts
+from .report_page import page
 from .sources import list_images
 
 LEAST_IMAGES = 10  # neighbours have to be found among them
@@ -64,10 +68,13 @@ def evaluate(args: argparse.Namespace, run: Evaluation, train: ImageSet, results
         codes, train_codes = encode(run, run.images), encode(run, train.images)
     with timed(run, results, "reconstruction"):
         real = run.judge_pixels(run.images, "judging held-out images")
-        results["reconstruction"], _ = reconstruct(run, codes, real)
+        results["reconstruction"], rebuilt = reconstruct(run, codes, real)
         results["codebook"] = codebook_use(run, codes)
     with timed(run, results, "prefixes"):
         results["prefixes"], low_pass = prefix_quality(run, codes)
+    if run.perceptual is not None:
+        with timed(run, results, "perceptual distances"):
+            results["perceptual"] |= perceptual_distances(run, codes)
     with timed(run, results, "next-token loss"):
         results["next_token_loss"] = next_token_loss(run, codes, train_codes, train.labels)
         entropy = entropy_by_position(run, codes)
@@ -75,22 +82,30 @@ def evaluate(args: argparse.Namespace, run: Evaluation, train: ImageSet, results
             # For the page: what its counterfactuals draw from, and the curves of its Model tab.
             write_statistics(run.folder, codes, run.pipe.tokenizer.config.codebook_size, entropy)
     with timed(run, results, "references"):
-        some = slice(0, args.samples)
-        seen = run.judge_pixels(train.images[some], "judging training images")
-        results["references"] = references(run, real, seen, train.labels[some])
-    results["samples"], bank = [], {}
+        seen = run.judge_pixels(train.images, "judging training images")
+        results["references"] = references(run, real, seen, train.labels[: args.samples])
+    results["samples"], bank, samples = [], {}, {}
     for scale in args.guidance_scales:
         with timed(run, results, f"samples at guidance scale {scale:g}"):
-            measured, bank[scale], _ = measure_samples(run, args.samples, scale, real, low_pass, args.npz)
+            measured, bank[scale], samples[scale] = measure_samples(
+                run, args.samples, scale, real, low_pass, args.npz
+            )
             results["samples"].append(measured)
     first = next(iter(run.judges))
     best = min(results["samples"], key=lambda s: s["judged"][first]["fd"])["guidance_scale"]
     results["best_guidance_scale"] = best
-    if run.team.is_main:
-        with timed(run, results, "figures"):
-            draw_samples(run.pipe, run.folder, bank, best, run.shown_lengths)
-            draw_reconstructions(run.pipe, run.folder, run.images, run.labels, codes, run.shown_lengths)
-            draw_charts(results, run.folder / "figures")
+    if not run.team.is_main:
+        return
+    with timed(run, results, "nearest neighbours"):
+        results["neighbours"], places = find_neighbours(
+            samples[best].first(args.neighbours), Looked(run.images, real).first(args.neighbours),
+            rebuilt.first(args.neighbours), Looked(train.images, seen),
+        )  # fmt: skip
+        draw_neighbours(run.pipe.class_names, run.folder, samples[best].pixels, train.images, places)
+    with timed(run, results, "figures"):
+        draw_samples(run.pipe, run.folder, bank, best, run.shown_lengths)
+        draw_reconstructions(run.pipe, run.folder, run.images, run.labels, codes, run.shown_lengths)
+        draw_charts(results, run.folder / "figures")
 
 
 @contextmanager
@@ -178,6 +193,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Config]
     add("--images", type=_count, default=10000, metavar="N", help="held out, and of training")
     add("--prefix-images", type=_count, default=2000, metavar="N",
         help="images, and samples, to measure at several prefix lengths")  # fmt: skip
+    add("--neighbours", type=_count, default=1000, metavar="N",
+        help="samples, and held-out images, whose nearest training images are found")  # fmt: skip
     add("--guidance-scales", type=_scale, nargs="+", default=[1.0, 1.5, 2.0, 3.0], metavar="W", help="one or more")
     add("--seed", type=int, default=0, help="of samples and of the choice of images")
     add("--npz", action="store_true", help="also write the samples as the ADM evaluator reads them")
@@ -213,7 +230,9 @@ def _scale(text: str) -> float:
 
 def conditions(args: argparse.Namespace, config: Config, run: Evaluation, argv: list[str] | None) -> dict[str, Any]:
     """What the results depend on."""
-    pipe = run.pipe
+    pipe, device = run.pipe, run.team.device.type
+    if device == "cuda":
+        device = torch.cuda.get_device_name(run.team.device)
     return {
         "model": {
             "name": config.name,
@@ -223,13 +242,14 @@ def conditions(args: argparse.Namespace, config: Config, run: Evaluation, argv: 
             "num_tokens": pipe.tokenizer.config.num_tokens, "num_classes": pipe.transformer.config.num_classes,
         },
         "judges": {name: judge.card for name, judge in run.judges.items()},
-        "perceptual": None if run.perceptual is None else args.perceptual,
-        "perceptual_in_training": config.train_tokenizer.perceptual,
+        "perceptual": {} if run.perceptual is None else {
+            "network": args.perceptual, "trained_on_it": args.perceptual == config.train_tokenizer.perceptual,
+        },
         "data": {
             "source": config.data.source, "train": config.data.train_split, "heldout": config.data.eval_split,
         },
         "command": "python -m train.evaluate " + shlex.join(sys.argv[1:] if argv is None else argv),
-        "seed": args.seed, "device": str(run.team.device), "threads": args.threads, "processes": run.team.size,
+        "seed": args.seed, "device": device, "threads": args.threads, "processes": run.team.size,
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "diffusers", "numpy")},
         "seconds": {},
@@ -258,11 +278,16 @@ def main(argv: list[str] | None = None) -> None:
         evaluate(args, run, train, results)
         if not team.is_main:
             return
-        for name, text in (("results.json", json.dumps(results, indent=1)), ("report.md", report.markdown(results))):
+        texts = {
+            "results.json": json.dumps(results, indent=1),
+            "report.md": markdown(results),
+            "report.html": page(results, args.output),
+        }
+        for name, text in texts.items():
             partial = args.output / f"{name}.partial"
             partial.write_text(text + "\n", encoding="utf-8")
             os.replace(partial, args.output / name)
-        print(f"Results in {args.output / 'report.md'}.")
+        print(f"Results in {args.output / 'report.html'}, as Markdown in report.md beside it.")
 
 
 if __name__ == "__main__":

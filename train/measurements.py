@@ -22,11 +22,13 @@ from spectralar.spectral import nested_targets
 from .data import to_float
 from .judges import Judge, Judged, compare, join
 from .metrics import frechet_distance, inception_score, mean
+from .neighbours import Looked, to_pixels
 from .processes import Team
 from .sample_bank import sample_bank
 from .train_transformer import evaluate as next_token_losses
 
 ENCODE_BATCH, DECODE_BATCH, PREFIX_BATCH = 256, 128, 16  # images; of the last all prefixes are decoded
+PERCEPTUAL_IMAGES = 500  # each costs two passes a prefix length through a network made for far larger ones
 
 Views = dict[str, Judged]  # by judge
 
@@ -85,17 +87,17 @@ def encode(run: Evaluation, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruct(run: Evaluation, codes: Tensor, real: Views) -> tuple[dict[str, Any], Views]:
-    """All held-out images from all their tokens: PSNR, SSIM, perceptual distance, rFD and the other measures."""
+def reconstruct(run: Evaluation, codes: Tensor, real: Views) -> tuple[dict[str, Any], Looked]:
+    """All held-out images from all their tokens: PSNR, SSIM, rFD and the other measures; and the images themselves."""
 
-    def measured(batch: Tensor, tokens: Tensor) -> tuple[Tensor, Views]:
+    def measured(batch: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Views]:
         decoded = run.decode(tokens)
         x = to_float(batch).to(decoded.device)
-        return torch.stack([psnr(decoded, x), ssim(decoded, x)]).cpu(), run.judge(decoded)
+        return torch.stack([psnr(decoded, x), ssim(decoded, x)]).cpu(), to_pixels(decoded), run.judge(decoded)
 
     parts = run.team.map(measured, DECODE_BATCH, "reconstructing", run.images, codes)
-    values = dict(zip(("psnr", "ssim"), map(mean, torch.cat([v for v, _ in parts], dim=1)), strict=True))
-    views = join_views([view for _, view in parts])
+    values = dict(zip(("psnr", "ssim"), map(mean, torch.cat([v for v, _, _ in parts], dim=1)), strict=True))
+    views = join_views([view for _, _, view in parts])
     return {
         "images": len(codes),
         **{name: estimate.value for name, estimate in values.items()},
@@ -103,7 +105,7 @@ def reconstruct(run: Evaluation, codes: Tensor, real: Views) -> tuple[dict[str, 
         "judged": {
             name: compare(real[name], views[name], run.labels, run.manifold_images, paired=True) for name in real
         },
-    }, views  # fmt: skip
+    }, Looked(torch.cat([pixels for _, pixels, _ in parts]), views)  # fmt: skip
 
 
 @torch.no_grad()
@@ -115,24 +117,18 @@ def prefix_quality(run: Evaluation, codes: Tensor) -> tuple[dict[str, Any], dict
     tokenizer, n = run.pipe.tokenizer, run.prefix_images
     lengths, shown = list(range(1, tokenizer.config.num_tokens + 1)), run.shown_lengths
 
-    def measured(batch: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, list[tuple[Views, Views]]]:
+    def measured(batch: Tensor, tokens: Tensor) -> tuple[Tensor, list[tuple[Views, Views]]]:
         frames = run.decode(tokens, lengths)  # (b, N, C, H, H)
         x = to_float(batch).to(frames.device)
         targets, image = nested_targets(x, tokenizer.cutoffs), x.unsqueeze(1)
         rows = [psnr(frames, image), psnr(frames, targets), ssim(frames, image), ssim(frames, targets)]
         pairs = [(targets[:, k - 1], frames[:, k - 1]) for k in shown]
-        perceptual = torch.empty(0, len(x))
-        if run.perceptual is not None:  # to the image and to x_k: (2 S, b)
-            perceptual = torch.stack(
-                [run.perceptual(d, x) for _, d in pairs] + [run.perceptual(d, t) for t, d in pairs]
-            ).cpu()
-        return torch.stack(rows).cpu(), perceptual, [(run.judge(t), run.judge(d)) for t, d in pairs]
+        return torch.stack(rows).cpu(), [(run.judge(t), run.judge(d)) for t, d in pairs]
 
     parts = run.team.map(measured, PREFIX_BATCH, "decoding all prefixes", run.images[:n], codes[:n])
     names = ("psnr_image", "psnr_low_pass", "ssim_image", "ssim_low_pass")
-    means = torch.cat([rows for rows, _, _ in parts], dim=1).double().mean(dim=1)  # (4, N)
-    perceptual = torch.cat([p for _, p, _ in parts], dim=1).double().mean(dim=1).tolist()  # 2 S
-    pairs = list(zip(*(pair for _, _, pair in parts), strict=True))  # by length, of all batches
+    means = torch.cat([rows for rows, _ in parts], dim=1).double().mean(dim=1)  # (4, N)
+    pairs = list(zip(*(pair for _, pair in parts), strict=True))  # by length, of all batches
     low_pass, rebuilt = (
         {k: join_views([pair[side] for pair in batches]) for k, batches in zip(shown, pairs, strict=True)}
         for side in (0, 1)
@@ -141,8 +137,6 @@ def prefix_quality(run: Evaluation, codes: Tensor) -> tuple[dict[str, Any], dict
     return {
         "images": n, "length": lengths, "cutoff": list(tokenizer.cutoffs), "shown": shown,
         **{name: row.tolist() for name, row in zip(names, means, strict=True)},
-        **({"perceptual_image": perceptual[: len(shown)], "perceptual_low_pass": perceptual[len(shown) :]}
-           if perceptual else {}),
         "judged": {
             name: [
                 {
@@ -156,6 +150,32 @@ def prefix_quality(run: Evaluation, codes: Tensor) -> tuple[dict[str, Any], dict
             for name in run.judges
         },
     }, low_pass  # fmt: skip
+
+
+@torch.no_grad()
+def perceptual_distances(run: Evaluation, codes: Tensor) -> dict[str, Any]:
+    """Perceptual distance of `shown_lengths` to the image and to x_k, on the first `PERCEPTUAL_IMAGES` at most."""
+    n, shown = min(run.prefix_images, PERCEPTUAL_IMAGES), run.shown_lengths
+    columns = [k - 1 for k in shown]
+    size = 16 if run.team.device.type == "cpu" else 256  # a CPU takes twice as long where activations leave its cache
+
+    def measured(batch: Tensor, tokens: Tensor) -> Tensor:
+        frames = run.decode(tokens, shown)  # (b, S, C, H, H)
+        x = to_float(batch).to(frames.device)
+        targets = nested_targets(x, run.pipe.tokenizer.cutoffs)[:, columns]
+        against = torch.stack([x.unsqueeze(1).expand_as(targets), targets])  # (2, b, S, C, H, H)
+        pairs = [side.flatten(0, 2).split(size) for side in (frames.expand_as(against), against)]
+        distances = torch.cat([run.perceptual(*pair) for pair in zip(*pairs, strict=True)])
+        return distances.view(2, len(x), len(shown)).cpu()
+
+    parts = run.team.map(measured, PREFIX_BATCH, "perceptual distances", run.images[:n], codes[:n])
+    distances = torch.cat(parts, dim=1)  # (2, n, S)
+    image, low_pass = ([mean(column) for column in side.T] for side in distances)
+    return {
+        "images": n, "length": shown,
+        "image": [d.value for d in image], "image_errors": [d.error for d in image],
+        "low_pass": [d.value for d in low_pass], "low_pass_errors": [d.error for d in low_pass],
+    }  # fmt: skip
 
 
 def codebook_use(run: Evaluation, codes: Tensor) -> dict[str, Any]:
@@ -207,17 +227,20 @@ def references(run: Evaluation, real: Views, train: Views, train_labels: Tensor)
             }
             for name, judged in real.items()
         },
-        "train": {name: compare(real[name], train[name], train_labels, run.manifold_images) for name in real},
+        "train": {
+            name: compare(real[name], train[name].first(len(train_labels)), train_labels, run.manifold_images)
+            for name in real
+        },
     }  # fmt: skip
 
 
 @torch.no_grad()
 def measure_samples(
     run: Evaluation, samples: int, guidance_scale: float, real: Views, low_pass: dict[int, Views], npz: bool
-) -> tuple[dict[str, Any], Tensor, Views]:
+) -> tuple[dict[str, Any], Tensor, Looked]:
     """Samples at one guidance scale: in full against the held-out images, as prefixes against their x_k.
 
-    Returns the measurements, the samples' codes (n, N) and the judges' view of them.
+    Returns the measurements, the samples' codes (n, N), and the samples themselves.
     """
     shown, full = run.shown_lengths, run.shown_lengths[-1:]
     codes, labels = sample_bank(run.pipe, run.folder / "samples", samples, guidance_scale, run.seed, run.team)
@@ -226,15 +249,14 @@ def measure_samples(
     pixels = []
     for part, lengths in ((codes[:several], shown), (codes[several:], full)):
 
-        def judged(tokens: Tensor, lengths: list[int] = lengths) -> tuple[list[Views], Tensor | None]:
+        def judged(tokens: Tensor, lengths: list[int] = lengths) -> tuple[list[Views], Tensor]:
             frames = run.decode(tokens, lengths)  # (b, S, C, H, H)
-            kept = ((frames[:, -1].clamp(-1, 1) + 1) * 127.5).round().byte().cpu() if npz else None
-            return [run.judge(frames[:, column]) for column in range(len(lengths))], kept
+            return [run.judge(frames[:, column]) for column in range(len(lengths))], to_pixels(frames[:, -1])
 
-        for views, kept in run.team.map(judged, DECODE_BATCH // len(lengths) + 1, "decoding samples", part):
+        for views, full_prefix in run.team.map(judged, DECODE_BATCH // len(lengths) + 1, "decoding samples", part):
             for k, view in zip(lengths, views, strict=True):
                 prefixes[k].append(view)
-            pixels.append(kept)
+            pixels.append(full_prefix)
     if npz and run.team.is_main:
         write_npz(run.folder / f"samples-{guidance_scale:g}.npz", torch.cat(pixels))
     views = {k: join_views(parts) for k, parts in prefixes.items()}
@@ -257,7 +279,7 @@ def measure_samples(
             ]
             for name in run.judges
         },
-    }, codes, views[full[0]]  # fmt: skip
+    }, codes, Looked(torch.cat(pixels), views[full[0]])  # fmt: skip
 
 
 def write_npz(path: Path, images: Tensor) -> None:

@@ -146,21 +146,30 @@ def manifold_estimates(real: Tensor, fake: Tensor, k: int = 3, density_k: int = 
     }
 
 
-def nearest(points: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-    """Euclidean distance (n,) from each of `points` (n, d) to the nearest of `among` (m, d), and which that is (n,).
+def nearest(points: Tensor, among: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+    """The k nearest of `among` (m, d) to each of `points` (n, d): distances and places (n, k), nearest first.
 
-    In float32, where the points are: rankings do not need more, and pixels of whole data sets are many.
+    Found in float32, since pixels of whole data sets are many; the distances themselves are exact to it, so that a
+    copy has 0.
+
+    Raises:
+        ValueError: if there are fewer than k.
     """
-    distances, indices = [], []
+    if len(among) < k:
+        raise ValueError(f"{k} neighbours cannot be found among {len(among)}.")
+    distances, places = [], []
     for rows in points.float().split(ROWS):
-        best, index = rows.new_full((len(rows),), torch.inf), torch.zeros(len(rows), dtype=torch.long)
+        best, place = rows.new_empty(len(rows), 0), rows.new_empty(len(rows), 0, dtype=torch.long)
         for start in range(0, len(among), 8 * ROWS):
-            distance, at = torch.cdist(rows, among[start : start + 8 * ROWS].to(rows)).min(dim=1)
-            index = torch.where(distance < best, at + start, index.to(at.device))
-            best = torch.minimum(best, distance)
-        distances.append(best)
-        indices.append(index)
-    return torch.cat(distances).cpu(), torch.cat(indices).cpu()
+            distance = torch.cdist(rows, among[start : start + 8 * ROWS].to(rows))  # (rows, m)
+            here = torch.arange(start, start + distance.shape[1], device=rows.device).expand_as(distance)
+            best, order = torch.cat([best, distance], dim=1).topk(min(k, start + distance.shape[1]), largest=False)
+            place = torch.cat([place, here], dim=1).gather(1, order)
+        exact = (rows.unsqueeze(1) - among[place.to(among.device)].to(rows)).norm(dim=2)
+        exact, order = exact.sort(dim=1)
+        distances.append(exact.cpu())
+        places.append(place.gather(1, order).cpu())
+    return torch.cat(distances), torch.cat(places)
 
 
 def inception_score(probabilities: Tensor) -> float:

@@ -13,6 +13,7 @@ from .data import to_float
 from .report_figures import draw_grid
 
 ROWS, COLUMNS = 10, 10  # of a sheet
+CLOSEST = 5  # samples shown in each space
 
 
 def shown_classes(num_classes: int) -> list[int]:
@@ -55,3 +56,27 @@ def draw_reconstructions(
     frames = torch.cat([frames, to_float(images[firsts]).unsqueeze(1)], dim=1)  # (rows, S + 1, C, H, H)
     columns = [*(f"k = {k}" for k in lengths), "image"]
     draw_grid(frames, [pipe.class_names[c] for c in classes], columns, folder / "figures" / "reconstructions.png")
+
+
+def draw_neighbours(
+    class_names: list[str], folder: Path, samples: Tensor, train: Tensor, places: dict[str, Tensor]
+) -> None:
+    """Samples beside their nearest training images in pixels and to the first judge: those of each class that come
+    first, and those that lie closest of all.
+
+    Args:
+        samples, train: (n, C, H, H) and (m, C, H, H) uint8.
+        places: from `find_neighbours`.
+    """
+    spaces = [space for space in places if not space.endswith("closest")][:2]
+    columns = ["sample", *(f"{space} {i + 1}" for space in spaces for i in range(places[space].shape[1]))]
+
+    def draw(chosen: list[int], rows: list[str], name: str) -> None:
+        found = [torch.cat([samples[i : i + 1], *(train[places[space][i]] for space in spaces)]) for i in chosen]
+        draw_grid(to_float(torch.stack(found)), rows, columns, folder / "figures" / name)
+
+    known = len(places[spaces[0]])
+    classes = [c for c in shown_classes(len(class_names)) if c < known]
+    draw(classes, [class_names[c] for c in classes], "neighbours.png")
+    closest = [int(i) for space in spaces for i in places[f"{space}, closest"][:CLOSEST]]
+    draw(closest, [class_names[i % len(class_names)] for i in closest], "closest.png")

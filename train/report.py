@@ -48,6 +48,12 @@ def markdown(results: dict[str, Any]) -> str:
         ]
     sections += [
         "![Samples, prefix by prefix](figures/sample-prefixes.png)",
+        f"### Nearest training images, guidance scale {best:g}\n\n{_neighbours(r)}",
+        "![Distance to the nearest training image, by share of the images](figures/neighbour-distances.png)",
+        "The first sample of each class, and its nearest training images:",
+        "![Samples and their nearest training images](figures/neighbours.png)",
+        "The samples that lie closest of all to a training image, first in pixels, then to the judge:",
+        "![The samples closest to training images](figures/closest.png)",
         f"### By position\n\n{_positions(r)}",
         "![Next-token loss by position](figures/next-token-loss.png)",
         "![Codebook by position](figures/codebook.png)",
@@ -83,8 +89,9 @@ def _how(r: dict[str, Any]) -> str:
     judges = "\n".join(f"- {_judge(name, card)}" for name, card in r["judges"].items())
     perceptual = ""
     if r["perceptual"]:
-        trained = " (the tokenizer's own loss)" if r["perceptual"] == r["perceptual_in_training"] else ""
-        perceptual = f" Perceptual distances are those of `{r['perceptual']}`{trained}, lower is better."
+        trained = ", which the tokenizer was trained on" if r["perceptual"]["trained_on_it"] else ""
+        network = f"`{r['perceptual']['network']}`{trained}"
+        perceptual = f" Perceptual distances are in features of {network}; lower is better."
     several = f"; {r['processes']} processes" if r["processes"] > 1 else ""
     return (
         f"Made by `{r['command']}` ({versions}; {r['device']}{several}; seed {r['seed']}).\n\n"
@@ -141,10 +148,11 @@ def _prefixes(r: dict[str, Any]) -> str:
     head = ["Tokens k", "Cutoff", "PSNR to image", "PSNR to x_k", "SSIM to image", "SSIM to x_k"]
     columns = [(p[f"{name}_{to}"], d) for name, d in (("psnr", 2), ("ssim", 3)) for to in ("image", "low_pass")]
     rows = [[k, p["cutoff"][k - 1], *(shown(values[k - 1], d) for values, d in columns)] for k in p["shown"]]
-    if "perceptual_image" in p:
+    perceptual = r["perceptual"]
+    if perceptual:
         head += ["Perceptual to image", "Perceptual to x_k"]
         for i, row in enumerate(rows):
-            row += [f"{p[name][i]:.4f}" for name in ("perceptual_image", "perceptual_low_pass")]
+            row += [shown(perceptual[to][i], 4, error=perceptual[f"{to}_errors"][i]) for to in ("image", "low_pass")]
     for judge, judged in p["judged"].items():
         if judged[0]["accuracy"] is None:
             continue
@@ -152,8 +160,9 @@ def _prefixes(r: dict[str, Any]) -> str:
         head += [f"Class accuracy{named}", f"Class accuracy of x_k{named}"]
         for row, m in zip(rows, judged, strict=True):
             row += [shown(m[name], 1, True) for name in ("accuracy", "accuracy_low_pass")]
+    few = f", perceptual distances on {perceptual['images']} of them" if perceptual else ""
     return table(head, rows) + (
-        f"\n\nOn {p['images']} held-out images. x_k is the ideal low-pass of the image at the prefix's cutoff. "
+        f"\n\nOn {p['images']} held-out images{few}. x_k is the ideal low-pass of the image at the prefix's cutoff. "
         "Judges have learnt from sharp images: their accuracy on x_k says how far they can be trusted on blurred ones."
     )
 
@@ -194,6 +203,25 @@ def _generated_prefixes(r: dict[str, Any], judge: str) -> str:
         f"{r['prefixes']['images']} held-out images, at the guidance scale with the lowest FD"
         f"{' of the first judge' if len(r['judges']) > 1 else ''} above. FD grows as the numbers of images fall: the "
         "last row is not the FD of the table above."
+    )
+
+
+def _neighbours(r: dict[str, Any]) -> str:
+    found, rows = r["neighbours"], []
+    names = {"samples": "samples", "reconstructions": "reconstructions", "heldout": "held-out images"}
+    for space, sets in found["spaces"].items():
+        digits = 4 if space == "pixels" else 3
+        for name, text in names.items():
+            quantiles = [f"{sets[name][q]:.{digits}f}" for q in (1, 5, 50)]
+            closer = shown(sets["closer"][name], 1, True) if name in sets["closer"] else "-"
+            rows.append([f"{space}: {text}", *quantiles, closer])
+    head = ["Distance to the nearest", "1 % of images", "5 %", "Median", "Samples nearer than 99 % of these"]
+    n = found["images"]
+    return table(head, rows) + (
+        f"\n\nOf {n['samples']} samples and {n['heldout']} held-out images to {n['train']} training images; in pixels "
+        "the root mean square on [0, 1]. A model that copies has samples that lie nearer to training images than "
+        "held-out images do: the last column is then far above 1 %. Blurred images are near to everything in pixels, "
+        "and guidance draws samples to what is typical, so reconstructions are the fairer measure of the two."
     )
 
 

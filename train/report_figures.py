@@ -25,6 +25,8 @@ def charts(results: dict[str, Any]) -> dict[str, Chart]:
         "codebook": _codebook(results["codebook"]),
         "next-token-loss": _loss(results["next_token_loss"]),
     }
+    if "neighbours" in results:
+        found["neighbour-distances"] = _neighbours(results["neighbours"])
     for i, judge in enumerate(results["judges"]):
         ending = f"-{judge}" if i else ""
         found[f"guidance{ending}"] = _guidance(results, judge)
@@ -140,6 +142,15 @@ def _generated_prefixes(r: dict[str, Any], judge: str) -> Chart:
     if accurate:
         accuracy = {**curves("accuracy"), "real x_k": [m["accuracy_low_pass"] for m in rebuilt]}
         panels.panel("class accuracy", accuracy, columns=2, style=style)
+    return panels.chart
+
+
+def _neighbours(found: dict[str, Any]) -> Chart:
+    spaces = found["spaces"]
+    panels = Panels("share of the images (%)", range(101), len(spaces))
+    for space, sets in spaces.items():
+        names = {"samples": "samples", "reconstructions": "reconstructions", "heldout": "held-out images"}
+        panels.panel(f"distance, {space}", {text: sets[name] for name, text in names.items()}, style=_from_zero)
     return panels.chart
 
 

@@ -101,7 +101,7 @@ def free_port() -> int:
 
 def serve() -> None:
     """The server: a request a line on stdin, an answer a line on stdout."""
-    for module in ("train.train_tokenizer", "train.train_transformer", "train.encode_dataset",
+    for module in ("train.train_tokenizer", "train.train_transformer", "train.encode_dataset", "train.evaluate",
                    "torch.utils.tensorboard", "multiprocessing.dummy", "omegaconf._impl"):  # fmt: skip
         importlib.import_module(module)
     Image.init()

@@ -1,5 +1,6 @@
 """The evaluation from end to end on a tiny pipeline, checked against the same numbers computed apart."""
 
+import base64
 import json
 import re
 
@@ -11,8 +12,10 @@ from PIL import Image
 
 from spectralar import SpectralARPipeline
 from spectralar.analysis import psnr, ssim
+from spectralar.plots import LIGHT
 from spectralar.spectral import nested_targets
 from tests.helpers import tiny_pipeline
+from train import evaluate as program
 from train import sample_bank as bank
 from train.classifier import Classifier, load_classifier, save_classifier
 from train.config import load_config
@@ -72,12 +75,35 @@ def evaluate(files, output, *options) -> dict:
     return json.loads((output / "results.json").read_text())
 
 
+class MeanDistance(torch.nn.Module):
+    """A perceptual distance that is known: how far the images' means are apart."""
+
+    def forward(self, images, targets):
+        return (images - targets).mean(dim=(1, 2, 3)).abs()
+
+
 @pytest.fixture(scope="module")
 def evaluated(files, tmp_path_factory):
+    """A run with two judges, the second one a stand-in that knows no classes and gives no map."""
     output = tmp_path_factory.mktemp("evaluated")
+
+    def stand_in(name, *, device, classifier, class_names):
+        judge = ClassifierJudge(classifier, device)
+        if name == "inception":
+            look, nothing = judge._look, torch.empty(1, 0)
+
+            def poorer(images):
+                features, _, logits, _ = look(images)
+                return features[:, :3], nothing.expand(len(images), 0), logits, nothing.expand(len(images), 0)
+
+            judge._look = poorer
+            judge.card = {"title": "a stand-in", "sha256": "0" * 64, "features": 3, "known_classes": 0}
+        return judge
+
     patch = pytest.MonkeyPatch()
     patch.setattr(bank, "SHARD", 8)
-    results = evaluate(files, output, "--npz")
+    patch.setattr(program, "make_judge", stand_in)
+    results = evaluate(files, output, "--npz", "--judge", "classifier", "inception")
     patch.undo()
     return output, results
 
@@ -85,7 +111,12 @@ def evaluated(files, tmp_path_factory):
 @pytest.fixture(scope="module")
 def all_prefixes(files, tmp_path_factory):
     """Results with prefixes and neighbours of all images: their order, the evaluation's own, matters no more."""
-    return evaluate(files, tmp_path_factory.mktemp("all"), "--prefix-images", 1000, "--samples", MANY)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(program, "make_perceptual_loss", lambda name: MeanDistance())
+    options = ["--prefix-images", 1000, "--samples", MANY, "--perceptual", "lpips-vgg"]
+    results = evaluate(files, tmp_path_factory.mktemp("all"), *options)
+    patch.undo()
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +162,19 @@ def test_every_prefix_length_is_measured_against_the_image_and_its_low_pass(eval
         for against, reference in (("image", x.unsqueeze(1).expand_as(targets)), ("low_pass", targets)):
             expected = measure(frames, reference).mean(dim=0).tolist()
             assert all_prefixes["prefixes"][f"{name}_{against}"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_perceptual_distances_are_to_the_image_and_to_its_low_pass(all_prefixes, truth):
+    pipe, _, splits = truth
+    x, result = to_float(splits["eval"].images), all_prefixes["perceptual"]
+    assert result["network"] == "lpips-vgg" and not result["trained_on_it"] and result["images"] == 32
+    with torch.no_grad():
+        frames = pipe.tokenizer.decode(pipe.tokenizer.encode(x), [1, 2, 4, 8, 12])
+    targets = nested_targets(x, pipe.tokenizer.cutoffs)[:, [0, 1, 3, 7, 11]]
+    for to, reference in (("image", x.unsqueeze(1)), ("low_pass", targets)):
+        distances = (frames - reference).mean(dim=(2, 3, 4)).abs()
+        assert result[to] == pytest.approx(distances.mean(dim=0).tolist(), rel=1e-3, abs=1e-6)
+        assert result[f"{to}_errors"] == pytest.approx((distances.std(dim=0) / 32**0.5).tolist(), rel=1e-3, abs=1e-6)
 
 
 def test_judged_prefixes_are_compared_with_low_passes_of_the_same_cutoff(all_prefixes, truth):
@@ -200,6 +244,19 @@ def test_all_sets_of_a_report_have_their_neighbours_among_equally_many(evaluated
     assert [m["images"] for m in sets] == [SAMPLES, 32, SAMPLES, SAMPLES]
 
 
+def test_a_second_judge_has_all_figures_that_it_can_give(evaluated):
+    output, results = evaluated
+    for m in (results["reconstruction"], *results["samples"]):
+        first, second = m["judged"]["classifier"], m["judged"]["inception"]
+        assert second["accuracy"] is None and second["sfd"] is None and second["errors"]["sfd"] is None
+        assert second["fd"] < first["fd"]  # in three of the first one's features
+        assert second["inception_score"] == first["inception_score"]
+    text = (output / "report.md").read_text()
+    assert f"`inception`: a stand-in; weights' SHA-256 `{'0' * 64}`" in text
+    tables = text.split("**Judge: inception**")[1:]
+    assert len(tables) == 2 and all("accuracy" not in table.split("![")[0] for table in tables)
+
+
 def test_neighbours_are_those_of_the_first_images_of_both_sets():
     real, fake = (
         Judged(torch.randn(n, 3), torch.randn(n, 2), torch.randn(n, 4).softmax(1), torch.zeros(n, 4)) for n in (30, 20)
@@ -220,6 +277,29 @@ def test_the_judge_sees_8_bits(truth):
     assert not torch.equal(judge(images + 2 / 255).features, judge(images).features)
 
 
+# ------------------------------------------------------------------------------------------- several processes
+
+
+def test_two_processes_measure_what_one_does(files, scripts, tmp_path):
+    """To the last bit: sample bank (two shards), prefixes, judged samples; a part that is too small to share too."""
+    results = {}
+    for processes in (1, 2):
+        argv = [
+            files / "pipeline", "--config", files / "tiny.yaml", "--output", tmp_path / str(processes), "--npz",
+            "--samples", 260, "--guidance-scales", 2, "--threads", 1, "--perceptual", "none",
+        ]  # fmt: skip
+        code, text = scripts.run("evaluate", argv, processes=processes)
+        assert code == 0, text
+        assert text.count("Results in") == 1
+        result = json.loads((tmp_path / str(processes) / "results.json").read_text())
+        assert result.pop("processes") == processes
+        results[processes] = {key: value for key, value in result.items() if key not in ("seconds", "command")}
+    assert results[1] == results[2]
+    one, two = (np.load(tmp_path / str(n) / "samples-2.npz")["arr_0"] for n in (1, 2))
+    assert np.array_equal(one, two)
+    assert [len(list((tmp_path / str(n)).rglob("guidance-2/*"))) for n in (1, 2)] == [2, 2]
+
+
 # ------------------------------------------------------------------------------------------- the report
 
 
@@ -238,10 +318,28 @@ def test_report_has_every_number_that_it_depends_on_and_every_figure(evaluated, 
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):  # every row as long as its head
         assert len({line.count("|") for line in block.splitlines()}) == 1
     linked = re.findall(r"\]\((figures/.*?)\)", text)
-    assert len(linked) == 8
+    assert len(linked) == 13
     for name in (*linked, "figures/samples-1.png", "figures/samples-2.5.png"):
         image = np.asarray(Image.open(output / name).convert("L"))
         assert image.std() > 5, name
+
+
+def test_page_is_one_file_with_all_of_the_report_in_it(evaluated):
+    output, results = evaluated
+    text = (output / "report.html").read_text()
+    report = (output / "report.md").read_text()
+    linked = re.findall(r'(?:src|href)="([^"]*)"', text) + re.findall(r"url\(([^)]*)\)", text)
+    assert linked and all(link.startswith(("data:image/png;base64,", "#")) for link in linked)
+    pictures = re.findall(r"\(figures/(.*?)\)", report)
+    sheets = ("reconstructions", "samples-", "sample-prefixes", "neighbours", "closest")
+    for name in (name for name in pictures if name.startswith(sheets)):
+        assert base64.b64encode((output / "figures" / name).read_bytes()).decode() in text
+    assert text.count("<img") == 5
+    assert text.count("<svg") == len(pictures) - 5
+    assert text.count("<table>") == len(re.findall(r"^\| ---", report, re.MULTILINE))
+    assert f"<b>{results['reconstruction']['psnr']:.2f} dB</b>" in text
+    assert "prefers-color-scheme: dark" in text and "{{" not in text
+    assert LIGHT.series[0] not in text.split("</style>")[1]  # curves are in the page's colours, light or dark
 
 
 def test_sheets_show_the_first_samples_of_each_class(evaluated, truth):

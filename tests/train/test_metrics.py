@@ -3,13 +3,23 @@
 import pytest
 import scipy.linalg
 import torch
+from prdc import compute_prdc
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
 from spectralar.analysis import psnr, ssim
 from train import metrics
-from train.metrics import frechet_distance, inception_score, manifold_metrics
+from train.metrics import (
+    frechet_distance,
+    frechet_estimate,
+    inception_score,
+    inception_score_estimate,
+    manifold_estimates,
+    manifold_metrics,
+    mean,
+    nearest,
+)
 
 
 def gaussian(n: int, mean: torch.Tensor, cov: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -103,6 +113,15 @@ def test_manifold_metrics_equal_the_slow_reference(n, m, monkeypatch):
     assert 0 < result["precision"] < 1 and 0 < result["recall"] < 1 and 0 < result["coverage"] < 1
 
 
+@pytest.mark.parametrize("n", [80, 200])
+def test_manifold_metrics_equal_those_of_prdc(n, capsys):
+    """Of its authors (Naeem et al., 2020), which takes one k for all four."""
+    real, fake = torch.randn(200, 8), 1.2 * torch.randn(n, 8) + 0.3
+    for k in (3, 5):
+        expected = compute_prdc(real.double().numpy(), fake.double().numpy(), nearest_k=k)
+        assert manifold_metrics(real, fake, k=k, density_k=k) == pytest.approx(expected, abs=1e-3)
+
+
 def test_manifold_metrics_tell_dropped_modes_from_bad_samples():
     mode, other = torch.randn(60, 4), torch.randn(60, 4) + 100
     real = torch.cat([mode, other])
@@ -126,6 +145,87 @@ def test_inception_score():
     reference = InceptionScore(feature=Identity(), splits=1)
     reference.update(logits)
     assert inception_score(logits.softmax(1)) == pytest.approx(float(reference.compute()[0]), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- standard errors
+
+
+def bootstrap(measure, *sets: torch.Tensor, paired: bool = False, times: int = 400) -> float:
+    """Standard deviation of a measure over resampled sets."""
+    values = []
+    for _ in range(times):
+        chosen = [torch.randint(len(x), (len(x),)) for x in sets]
+        values.append(measure(*(x[c] for x, c in zip(sets, chosen[:1] * 2 if paired else chosen, strict=False))))
+    return float(torch.tensor(values).std())
+
+
+def test_standard_error_of_the_frechet_distance_is_that_of_the_bootstrap():
+    real, fake = torch.randn(600, 4), torch.randn(400, 4) @ torch.randn(4, 4) + 0.5
+    estimate = frechet_estimate(real, fake)
+    assert estimate.value == frechet_distance(real, fake)
+    assert estimate.error == pytest.approx(bootstrap(frechet_distance, real, fake), rel=0.15)
+
+
+def test_standard_error_of_pairs_leaves_out_what_they_share():
+    real = 3 * torch.randn(500, 3)
+    fake = 0.8 * real + 0.3 * torch.randn(500, 3)
+    estimate = frechet_estimate(real, fake, paired=True)
+    assert estimate.error == pytest.approx(bootstrap(frechet_distance, real, fake, paired=True), rel=0.15)
+    assert estimate.error < 0.5 * frechet_estimate(real, fake).error
+
+
+def test_standard_error_with_fewer_points_than_dimensions_is_finite():
+    estimate = frechet_estimate(torch.randn(12, 30), torch.randn(15, 30) + 1)
+    assert 0 < estimate.error < estimate.value
+
+
+def test_standard_error_of_the_inception_score_is_that_of_the_bootstrap():
+    p = (2 * torch.randn(500, 6)).softmax(dim=1)
+    estimate = inception_score_estimate(p)
+    assert estimate.value == inception_score(p)
+    assert estimate.error == pytest.approx(bootstrap(inception_score, p), rel=0.15)
+
+
+def test_standard_errors_of_shares_and_means():
+    hits = torch.arange(100) < 20
+    assert mean(hits).value == pytest.approx(0.2)
+    assert mean(hits).error == pytest.approx((0.2 * 0.8 / 99) ** 0.5)
+    real, fake = torch.randn(60, 3), torch.randn(50, 3) + 1
+    for name, points in (("precision", 50), ("recall", 60), ("coverage", 60)):
+        share, error = manifold_estimates(real, fake)[name]
+        assert 0 < share < 1
+        assert error == pytest.approx((share * (1 - share) / (points - 1)) ** 0.5)
+
+
+def test_about_95_of_100_intervals_hold_the_true_distance():
+    """Of two Gaussians whose distance is known; with many points, since the estimate is too high with few."""
+    generator, held = torch.Generator().manual_seed(0), 0
+    for _ in range(100):
+        real, fake = (torch.randn(2000, 2, generator=generator) for _ in range(2))
+        value, error = frechet_estimate(real, 1.5 * fake + 1)
+        held += abs(value - 2.5) < metrics.INTERVAL * error
+    assert 89 <= held <= 99
+
+
+# ------------------------------------------------------------------------------------------- neighbours
+
+
+def test_nearest_finds_the_nearest_in_slices(monkeypatch):
+    monkeypatch.setattr(metrics, "ROWS", 3)
+    points, among = torch.randn(10, 4), torch.randn(100, 4)  # several slices of both
+    distance, place = nearest(points, among, k=3)
+    expected = (points[:, None] - among).norm(dim=2).topk(3, largest=False)
+    torch.testing.assert_close(distance, expected.values)
+    assert place.tolist() == expected.indices.tolist()
+    with pytest.raises(ValueError, match="3 neighbours cannot be found among 2"):
+        nearest(points, among[:2], k=3)
+
+
+def test_a_copy_has_distance_zero_though_its_numbers_are_large():
+    among = torch.randint(0, 256, (50, 1000), dtype=torch.uint8)
+    distance, place = nearest(among[[7, 30]], among)
+    assert distance.flatten().tolist() == [0, 0]
+    assert place.flatten().tolist() == [7, 30]
 
 
 # ------------------------------------------------------------------------------------------- images
