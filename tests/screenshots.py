@@ -1,17 +1,19 @@
 """Makes the README's pictures from the page as it is, with the embedded model: python -m tests.screenshots
 
-Writes to assets/figures: one screenshot of each tab (light, dark, phone), page.png, which is the first tab after a
-generation, and generation.gif, the animation that the page offers for download. Seeds are fixed, nothing is chosen.
+Writes to assets/figures: TAB-light.png, TAB-dark.png and TAB-phone.png of each tab after its first example, and
+generation.gif, the animation that the page offers for download. Seeds are fixed, nothing is chosen.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shutil
 from pathlib import Path
 
 import torch
+from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from app import MODELS
@@ -20,9 +22,25 @@ from spectralar.demo.model import Model, find_models
 from spectralar.demo.page import TABS, build, launch_options
 
 FIGURES = Path(__file__).parent.parent / "assets" / "figures"
-VIEWS = {"light": (1280, 900, "light"), "dark": (1280, 900, "dark"), "phone": (390, 844, "light")}
+VIEWS = {  # width, height of what is shown at once, longest picture, theme
+    "light": (1280, 900, 2400, "light"),
+    "dark": (1280, 900, 2400, "dark"),
+    "phone": (390, 844, 1600, "light"),
+}
+# By tab: what is clicked for something to look at (a selector, and which of its matches), and what is there when that
+# is drawn. The page opens with the subject of the first tab.
+SUBJECTS = {
+    "generate": [(None, "#export-png:enabled")],
+    "reconstruct": [(("#photo-examples button", 2), "#reconstructed .chart:nth-child(4)")],
+    "bands": [
+        (("#bands-try button", 3), "#figure-contributions svg"),
+        (("#measure-influence", 0), "#figure-influence svg"),
+    ],
+    "remix": [(("#remix-try button", 0), "#remix-strip svg")],
+    "card": [(None, "#figure-cutoff-schedule svg")],
+}
 CLASSES = 8  # of the animation, the first ones, one image each
-TIMEOUT = 120_000  # ms, for a tab to have drawn what it shows
+TIMEOUT = 240_000  # ms, for a tab to have drawn what it shows
 
 
 def generation_gif(model: Model) -> bytes:
@@ -34,23 +52,36 @@ def generation_gif(model: Model) -> bytes:
     return animation([f[..., 0] if f.shape[-1] == 1 else f for f in frames], "GIF")
 
 
-def show(page: Page, url: str, slug: str, theme: str) -> None:
-    """Opens a tab by its link and waits until it has come to rest."""
-    query = f"?__theme={theme}&tab={slug}" + ("&seed=0&count=8" if slug == "generate" else "")
-    page.goto(url + query)
-    page.wait_for_selector("#tabs", timeout=TIMEOUT)
-    if slug != "generate":
-        example = page.locator(f"#tab-{slug} .gallery-item, #tab-{slug} .examples button, #tab-{slug} tbody tr").first
-        if example.count():
-            example.click()
-    page.wait_for_load_state("networkidle", timeout=TIMEOUT)
-    page.wait_for_timeout(4000)
+def show(page: Page, slug: str, title: str) -> None:
+    """Goes to a tab, gives it something to show, and waits until that is drawn."""
+    size = page.viewport_size
+    page.set_viewport_size({"width": 1280, "height": size["height"]})  # a narrow page has tabs in a menu
+    page.get_by_role("tab", name=title).click()
+    page.set_viewport_size(size)
+    for button, sign in SUBJECTS[slug]:
+        if button:
+            page.locator(button[0]).nth(button[1]).click()
+        page.wait_for_selector(sign, timeout=TIMEOUT)
+        page.wait_for_timeout(2000)  # frames are decoded in the background
+    page.mouse.move(0, 0)
+
+
+def picture(page: Page, longest: int) -> bytes:
+    """A PNG of the page from its top, of few colours: it is text and small pictures mostly."""
+    page.evaluate("window.scrollTo(0, 0)")
+    width = page.viewport_size["width"]
+    height = min(longest, page.evaluate("document.documentElement.scrollHeight"))
+    data = page.screenshot(full_page=True, clip={"x": 0, "y": 0, "width": width, "height": height})
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default=None, help="folder of a pipeline (default: the page's own default)")
     parser.add_argument("--output", type=Path, default=FIGURES, help="folder of the pictures")
+    parser.add_argument("--tabs", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), help="default: all")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     model = Model.load(options.model or find_models(MODELS)[0], None)
@@ -60,13 +91,16 @@ def main() -> None:
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for tab in TABS:
-            slug = tab.__name__.rpartition(".")[2]
-            for view, (width, height, theme) in VIEWS.items():
-                page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=1)
-                show(page, url, slug, theme)
-                page.screenshot(path=options.output / f"{slug}-{view}.png", full_page=True)
-                page.close()
+        for view, (width, height, longest, theme) in VIEWS.items():
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.goto(f"{url}?__theme={theme}&class={model.class_names[-1]}&seed=0&count=8", timeout=TIMEOUT)
+            page.wait_for_selector(SUBJECTS["generate"][0][1], timeout=TIMEOUT)
+            for tab in TABS:
+                slug = tab.__name__.rpartition(".")[2]
+                if slug in options.tabs:
+                    show(page, slug, tab.TITLE)
+                    (options.output / f"{slug}-{view}.png").write_bytes(picture(page, longest))
+            page.close()
         browser.close()
     demo.close()
     print(f"Pictures in {options.output}.")

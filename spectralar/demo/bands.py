@@ -28,7 +28,7 @@ from .folder import model_statistics
 from .generate import QUIET
 from .links import Link, Linked
 from .model import Model, on_gpu, to_pixels
-from .pictures import log_spectrum, signed_map
+from .pictures import log_spectrum, own_gains, signed_map
 from .scrubber import StripEncoder, scrubber, scrubber_value
 from .source import Origins, Picture, sample_examples, source
 from .upload import PhotoInput
@@ -105,8 +105,7 @@ class Analysis:
         ]
         peak = float(dct2(image).abs().mean(dim=-3).max().clamp(min=1e-6))
         parts = (self.parts.refinement, self.parts.opening)
-        largest = torch.stack([part.abs().amax(dim=(1, 2, 3), keepdim=True) for part in parts]).amax(dim=0)
-        gain = 0.95 / largest.clamp(min=1e-3)  # (N, 1, 1, 1): each token on a scale of its own
+        gain = own_gains(*parts)  # (N, 1, 1, 1)
         columns = [to_pixels((self.frames / 2 + 0.5).clamp(0, 1)), *(signed_map(part, gain) for part in parts)]
         columns += [log_spectrum(x, peak) for x in (self.frames, *parts)]
         original, original_spectrum = to_pixels((image / 2 + 0.5).clamp(0, 1)), log_spectrum(image, peak)
@@ -205,12 +204,13 @@ def build(model: Model) -> Linked:
         with one_sentence():
             analysis = Analysis(model, origins.picture(origin, photo))
         value = analysis.value()
-        charts = {}
+        charts, drawn = {}, {}
         yield {view: value | {"busy": True, "status": "Drawing the figures"}}
         for name, chart in analysis.charts():
-            charts[name] = chart
-            yield {figures[name]: shown(chart)}
-        yield {view: value, held: charts}
+            charts[name], drawn[figures[name]] = chart, shown(chart)
+            yield {figures[name]: drawn[figures[name]]}
+        # All figures once more: a browser that is still putting up the tab may have missed one.
+        yield {view: value, held: charts} | drawn
 
     def draw_influence(progress: gr.Progress = gr.Progress()) -> dict[str, str]:  # noqa: B008  (Gradio's way)
         for part, description in influence.steps():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import matplotlib
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..spectral import dct2
@@ -30,6 +31,12 @@ def log_spectrum(x: Tensor, peak: float) -> np.ndarray:
     return colour_map(1 + (magnitude / peak).log10() / SPECTRUM_DECADES)
 
 
-def signed_map(x: Tensor, gain: float) -> np.ndarray:
+def own_gains(*parts: Tensor) -> Tensor:
+    """What brings the largest value of each item of all `parts` (N, C, H, H) close to 1: (N, 1, 1, 1)."""
+    largest = torch.stack([part.abs().amax(dim=(1, 2, 3), keepdim=True) for part in parts]).amax(dim=0)
+    return 0.95 / largest.clamp(min=1e-3)
+
+
+def signed_map(x: Tensor, gain: float | Tensor) -> np.ndarray:
     """Differences (..., C, H, H) around mid-grey, times `gain`, as pixels."""
     return to_pixels((0.5 + x / 2 * gain).clamp(0, 1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -19,10 +18,10 @@ from .links import Link, Linked
 from .model import Model, to_pixels
 from .reconstruction import Reconstruction, scrubber_values
 from .scrubber import scrubber
+from .source import Origins, source
 from .upload import PhotoInput, crop_figure
 
 TITLE = "Reconstruct"
-EXAMPLES = Path(__file__).parents[2] / "assets" / "examples"
 MAX_DECODED = 1024  # images in one call of the endpoint
 # The tokenizer runs for a moment only, and on its own: nobody waits here for somebody else's samples.
 PRIVATE = {"api_visibility": "private", "concurrency_id": "tokenizer", "concurrency_limit": 2}
@@ -35,15 +34,12 @@ QUIET = PRIVATE | {"show_progress": "hidden"}
 def build(model: Model) -> Linked:
     """Lays out the tab; returns what of it stands in the page's address."""
     _add_endpoints(model)  # first: Gradio numbers later functions of the same name, the page's own handlers
+    origins = Origins(model)
     with gr.Row(elem_classes="split"):
         with gr.Column(scale=3, min_width=300, elem_classes="panel"):
-            photo = PhotoInput(
-                label="Image", type="pil", image_mode=None, sources=["upload", "clipboard", "webcam"], height=260,
-                placeholder="Drop an image, paste one, or click to choose", buttons=[], elem_id="photo",
-            )  # fmt: skip
-            example = _examples(photo)
+            picture = source(origins, "Image", "photo", height=240)
             crop = gr.HTML("")
-            with gr.Accordion("Replace a code", open=False, elem_id="edit"):
+            with gr.Accordion("Replace a code", open=False, elem_id="edit") as edit:
                 with gr.Row(elem_classes="tight"):
                     token = gr.Number(1, label="Token", precision=0, min_width=80, elem_id="token")
                     code = gr.Number(0, label="Code", precision=0, min_width=80, elem_id="code")
@@ -60,28 +56,13 @@ def build(model: Model) -> Linked:
             )
 
     shown = gr.State(None)
-    tab = _Tab(model)
-    photo.change(tab.reconstruct, photo, [view, shown, crop], show_progress_on=view, **PRIVATE)
+    tab = _Tab(model, origins, view, shown, crop)
+    picture.listen(tab.reconstruct, [view, shown, crop], show_progress_on=view, **PRIVATE)
     put.click(tab.replace, [shown, token, code], [view, shown], **QUIET)
     draw.click(tab.draw, [shown, token], [view, shown, code], **QUIET)
     undo.click(tab.undo, shown, [view, shown], **QUIET)
-    view.token(tab.choose, shown, [token, code], **QUIET)
-    return Linked([Link("image", example)], [])
-
-
-def _examples(photo: PhotoInput) -> gr.Textbox:
-    """Pictures that one click puts into the input; the one chosen stands in the address by its name."""
-    chosen = gr.Textbox("", label="Example", visible="hidden", elem_id="example")
-    paths = {path.stem: path for path in sorted(EXAMPLES.glob("*")) if path.suffix in (".png", ".jpg", ".webp")}
-    if paths:
-        names = list(paths)
-        gr.Dataset(
-            components=[gr.Image(render=False)], samples=[[str(path)] for path in paths.values()], type="index",
-            label="Examples", samples_per_page=len(paths), elem_id="examples",
-        ).click(lambda i: names[i], None, chosen, **QUIET)  # fmt: skip
-    chosen.change(lambda name: str(paths[name]) if name in paths else gr.skip(), chosen, photo, **QUIET)
-    gr.on([photo.upload, photo.clear], lambda: "", None, chosen, **QUIET)
-    return chosen
+    view.token(tab.choose, shown, [token, code, edit], **QUIET)
+    return Linked([Link("image", picture.origin)], [])
 
 
 # -------------------------------------------------------------------------------------------------- behaviour
@@ -90,17 +71,22 @@ def _examples(photo: PhotoInput) -> gr.Textbox:
 @dataclass
 class _Tab:
     model: Model
+    origins: Origins
+    view: gr.HTML
+    shown: gr.State
+    crop: gr.HTML
 
-    def reconstruct(self, photo: Image.Image | None) -> Iterator[list[Any]]:
-        if photo is None:
-            yield [gr.skip(), gr.skip(), ""]
+    def reconstruct(self, origin: str, photo: Image.Image | None) -> Iterator[dict]:
+        if not origin and photo is None:
+            yield {self.view: None, self.shown: None, self.crop: ""}
             return
-        size, channels = self.model.image_size, self.model.channels
         with one_sentence():
-            shown = Reconstruction(self.model, to_model_input(photo, size, channels)[0])
-        figure = crop_figure(photo, size, channels)
+            picture = self.origins.picture(origin, photo)
+            shown = Reconstruction(self.model, picture.image)
+            photo = self.origins.photo(origin, photo)
+        crop = "" if photo is None else crop_figure(photo, self.model.image_size, self.model.channels)
         for value in scrubber_values(self.model, shown):
-            yield [value, shown, figure]
+            yield {self.view: value, self.shown: shown, self.crop: crop}
 
     def replace(self, shown: Reconstruction | None, token: float | None, code: float | None) -> list[Any]:
         """The reconstruction with one code replaced, compared with the one of the true codes."""
@@ -124,10 +110,10 @@ class _Tab:
         return [value | {"keep_place": True}, shown.unedited]
 
     def choose(self, shown: Reconstruction, event: gr.EventData) -> list[Any]:
-        """The token a visitor has clicked, and its code."""
+        """The token a visitor has clicked, its code, and the controls that replace it."""
         with one_sentence():
             k = whole_number(event.k, "the token", 1, self.model.num_tokens)
-        return [k, shown.codes[k - 1]]
+        return [k, shown.codes[k - 1], gr.Accordion(open=True)]
 
 
 # -------------------------------------------------------------------------------------------------- endpoints

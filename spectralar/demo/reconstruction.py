@@ -11,7 +11,7 @@ from torch import Tensor
 from ..analysis import SSIM_WINDOW, baselines, prefix_bits, psnr, ssim, token_contributions
 from ..spectral import dct2, nested_targets
 from .model import Model, to_pixels
-from .pictures import ERROR_GAIN, error_map, log_spectrum, signed_map
+from .pictures import ERROR_GAIN, error_map, log_spectrum, own_gains, signed_map
 from .scrubber import StripEncoder, scrubber_value
 
 PICTURES = ("Original", "Ideal low-pass", "Reconstruction")
@@ -35,8 +35,8 @@ class Reconstruction:
         self.frames: Tensor = model.decode_prefixes(self.codes)  # (N, C, H, H), not clamped
 
 
-def strips(model: Model, shown: Reconstruction) -> tuple[list[dict[str, Any]], Iterator[list[np.ndarray]]]:
-    """The rows of pictures, and their tiles for each prefix length."""
+def strips(model: Model, shown: Reconstruction) -> tuple[list[dict[str, Any]], list[str], Iterator[list[np.ndarray]]]:
+    """The rows of pictures, by how much each token's own are enlarged, and the tiles for each prefix length."""
     image, frames = shown.image, shown.frames
     targets = nested_targets(image[None], model.cutoffs)[0]  # (N, C, H, H)
     compared = image if shown.unedited is None else shown.unedited.frames
@@ -44,7 +44,7 @@ def strips(model: Model, shown: Reconstruction) -> tuple[list[dict[str, Any]], I
     parts = token_contributions(frames[None], model.cutoffs)
     refinement, opening = parts.refinement[0], parts.opening[0]
     delta = refinement + opening
-    gain = 0.9 / max(float(delta[1:].abs().max() if len(delta) > 1 else delta.abs().max()), 1e-3)
+    gain = own_gains(delta, refinement, opening)
     peak = float(dct2(image).abs().mean(dim=-3).max().clamp(min=1e-6))
 
     error_name = f"Error, {ERROR_GAIN} times" if shown.unedited is None else f"Change, {ERROR_GAIN} times"
@@ -54,7 +54,7 @@ def strips(model: Model, shown: Reconstruction) -> tuple[list[dict[str, Any]], I
         {
             "title": "Token",
             "of_token": True,
-            "captions": [f"all, {gain:.2g} times", "in open bands", "in its new band", "spectrum"],
+            "captions": ["delta, all of it", "in open bands", "in its new band", "spectrum"],
         },
     ]
 
@@ -76,15 +76,25 @@ def strips(model: Model, shown: Reconstruction) -> tuple[list[dict[str, Any]], I
             rest = [column[k] for column in columns]
             yield [original, *rest[:3], original_spectrum, *rest[3:]]
 
-    return groups, tiles()
+    return groups, [f"{g:.2g}" for g in gain.flatten().tolist()], tiles()
 
 
-def quality(model: Model, shown: Reconstruction, codecs: dict[str, list[float | None]]) -> list[dict[str, Any]]:
-    """PSNR and SSIM over the prefix length as charts of the scrubber."""
+def quality(model: Model, shown: Reconstruction, codecs: dict[str, list[Tensor | None]]) -> list[dict[str, Any]]:
+    """PSNR and SSIM over the prefix length as charts of the scrubber; beside them what plain codecs make of the image.
+
+    Args:
+        model: the model.
+        shown: the image and its prefixes.
+        codecs: images (C, H, H) by the number of tokens whose bits they take, as of `analysis.baselines`; None where
+            a codec cannot go this low.
+    """
     image, frames = shown.image, shown.frames
     targets = nested_targets(image[None], model.cutoffs)[0]
-
-    def chart(title: str, measure: Any, best: float, **axis: Any) -> dict[str, Any]:
+    measures = [("PSNR", psnr, 99.9, {"unit": "dB", "digits": 1})]
+    if model.image_size >= SSIM_WINDOW:
+        measures.append(("SSIM", ssim, 1 - 1e-6, {"unit": "", "digits": 3}))
+    own, others = [], []
+    for title, measure, best, axis in measures:
         measured = {
             "reconstruction to image": measure(frames, image),
             "reconstruction to low-pass": measure(frames, targets),
@@ -94,18 +104,16 @@ def quality(model: Model, shown: Reconstruction, codecs: dict[str, list[float | 
             {"name": name, "values": [round(v, 4) if v < best else None for v in values.tolist()]}
             for name, values in measured.items()
         ]
-        return _with_range({"title": title, "missing": "exact", "series": series, **axis})
-
-    charts = [chart("PSNR", psnr, 99.9, unit="dB", digits=1)]
-    if model.image_size >= SSIM_WINDOW:
-        charts.append(chart("SSIM", ssim, 1 - 1e-6, unit="", digits=3))
-    if codecs:
-        series = [charts[0]["series"][0], *({"name": name, "values": row} for name, row in codecs.items())]
-        title = "PSNR of others at the same number of bits"
-        charts.append(
-            _with_range({"title": title, "missing": "cannot go this low", "unit": "dB", "digits": 1, "series": series})
+        own.append(_with_range({"title": title, "missing": "exact", "series": series, **axis}))
+        coded = [
+            {"name": name, "values": [None if x is None else round(float(measure(x, image)), 4) for x in row]}
+            for name, row in codecs.items()
+        ]
+        title = f"{title} of others at the same number of bits"
+        others.append(
+            _with_range({"title": title, "missing": "cannot go this low", "series": [series[0], *coded], **axis})
         )
-    return charts
+    return [*own, *others] if codecs else own
 
 
 def _with_range(chart: dict[str, Any]) -> dict[str, Any]:
@@ -113,22 +121,16 @@ def _with_range(chart: dict[str, Any]) -> dict[str, Any]:
     return chart | {"low": min(known, default=0.0), "high": max(known, default=1.0)}
 
 
-def codec_psnr(model: Model, image: Tensor) -> dict[str, list[float | None]]:
-    """PSNR of plain codecs at the bits of each prefix length; None where a codec cannot go this low."""
-    coded = baselines(image, prefix_bits(model.num_tokens, model.codebook_size))
-    return {name: [None if x is None else float(psnr(x, image)) for x in row] for name, row in coded.items()}
-
-
 def scrubber_values(model: Model, shown: Reconstruction) -> Iterator[dict[str, Any]]:
     """The scrubber's value, first without and then with the plain codecs, which take longer."""
-    groups, tiles = strips(model, shown)
+    groups, gains, tiles = strips(model, shown)
     edited = shown.unedited is not None
     value = scrubber_value(
         groups, model.cutoffs, model.image_size, model.codebook_size, keep_place=edited, name="reconstruction"
     )
     encoder = StripEncoder(model.num_tokens)
     value["frames"] = [encoder.encode(tile) for tile in tiles]
-    value["codes"] = [[code] for code in shown.codes]
+    value["codes"], value["gains"] = [[code] for code in shown.codes], gains
     value["charts"] = quality(model, shown, {})
     changed = sum(a != b for a, b in zip(shown.codes, shown.unedited.codes, strict=True)) if edited else 0
     value["status"] = (
@@ -136,4 +138,5 @@ def scrubber_values(model: Model, shown: Reconstruction) -> Iterator[dict[str, A
     )
     yield value
     if not edited:
-        yield value | {"charts": quality(model, shown, codec_psnr(model, shown.image))}
+        coded = baselines(shown.image, prefix_bits(model.num_tokens, model.codebook_size))
+        yield value | {"charts": quality(model, shown, coded)}

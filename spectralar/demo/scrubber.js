@@ -93,8 +93,9 @@ function begin(before) {
   if (shape(before) !== shape(value)) buildTiles();
   slider.max = value.cutoffs.length;
   find('.chips').replaceChildren();
-  // On a phone the pictures may be below the button that asked for them.
-  if (value.busy && stage.getBoundingClientRect().top > window.innerHeight - 160) {
+  // On a phone the pictures may be out of sight of the button that asked for them.
+  const area = stage.getBoundingClientRect();
+  if (value.busy && before && (area.top > window.innerHeight - 160 || area.bottom < 160)) {
     element.scrollIntoView({ block: 'start', behavior: 'smooth' });
   }
 }
@@ -131,28 +132,30 @@ function buildTiles() {
 // The largest tiles that fit the width and a part of the window's height, in whole screen pixels for each pixel.
 function fit() {
   if (!tiles.length) return;
-  const gap = 8, width = element.clientWidth, scale = window.devicePixelRatio || 1;
+  const gap = 8, width = element.clientWidth, scale = window.devicePixelRatio || 1, narrow = width < 520;
   const rows = value.groups.filter((group) => !group.of_token);
-  const height = Math.max(260, Math.min(520, window.innerHeight * 0.55));
+  // On a phone the pictures may fill the screen, less the controls: these stick to its lower edge.
+  const height = narrow ? window.innerHeight - 150 : Math.max(260, Math.min(520, window.innerHeight * 0.55));
   const count = Math.max(...rows.map((group) => group.captions.length));
   const byWidth = (n) => (width - gap * (n - 1)) / n;
   const byHeight = (lines) => (height - gap * (lines - 1)) / lines - (value.selectable ? 0 : 18);
   let side = 0, columns = 1;
   if (rows.length > 1) {
-    // Comparisons: pictures of a row side by side, or in halves on a narrow screen, where the page scrolls under the
-    // controls.
+    // Comparisons: pictures of a row side by side, or in halves on a narrow screen.
     columns = byWidth(count) >= 110 ? count : Math.ceil(count / 2);
     side = columns === count ? Math.min(byWidth(count), Math.max(140, byHeight(rows.length))) : byWidth(columns);
   } else {
-    // A sheet: seen whole, all lines full if that does not cost too much.
+    // A sheet: seen whole, all lines full and as wide as the page if that does not cost too much.
     let best = 0;
     for (let n = 1; n <= count; n++) {
-      const fits = Math.min(byWidth(n), byHeight(Math.ceil(count / n))), worth = fits * (count % n ? 0.75 : 1);
+      const fits = Math.min(byWidth(n), byHeight(Math.ceil(count / n)));
+      const worth = fits * (count % n ? 0.7 : 1) * Math.sqrt(fits / byWidth(n));
       if (worth > best) [best, side, columns] = [worth, fits, n];
     }
   }
   const whole = (Math.floor((side * scale) / value.image_size) * value.image_size) / scale;
   side = whole > side * 0.75 ? whole : Math.floor(side);
+  element.style.setProperty('--rendering', side * scale < value.image_size ? 'auto' : 'pixelated');
   stage.style.setProperty('--tile', side + 'px');
   stage.style.setProperty('--columns', columns);
   tokenStage.style.setProperty('--tile', Math.min(side, 128, Math.floor(byWidth(4))) + 'px');
@@ -162,7 +165,8 @@ function paint() {
   const at = bitmaps[k - 1], which = bitmaps[(hovered || k) - 1] ? hovered || k : k;
   const token = bitmaps[which - 1];
   if (tiles.some((tile) => tile.ofToken) && value.codes[which - 1]) {
-    find('.which').textContent = 'Token ' + which + ', code ' + value.codes[which - 1][0] + ', changes the picture by this much:';
+    const gain = value.gains[which - 1];
+    find('.which').textContent = 'Token ' + which + ', code ' + value.codes[which - 1][0] + ', changes the picture by this much' + (gain ? ', shown ' + gain + ' times:' : ':');
   }
   tiles.forEach((tile, i) => {
     const strip = tile.ofToken ? token : at;

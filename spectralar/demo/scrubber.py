@@ -95,8 +95,9 @@ def scrubber_value(
         name: stem of saved files.
 
     Returns:
-        A dict to send. Its lists grow by one entry a prefix length: "frames" (data URLs from `StripEncoder`) and
-        "codes" (one list of codes, an entry a selectable image). "charts" holds {"title", "unit", "digits", "low",
+        A dict to send. Its lists grow by one entry a prefix length: "frames" (data URLs from `StripEncoder`),
+        "codes" (one list of codes, an entry a selectable image) and, if rows of a token have scales of their own,
+        "gains". "charts" holds {"title", "unit", "digits", "low",
         "high", "missing", "series": [{"name", "values"}]}, where "missing" is said of a value None; "status" is one
         line of text, "busy" whether more frames will come, "play" whether to play once when all are there, "rest" the
         prefix length to show when all are there and nobody has moved the slider (0: the last).
@@ -114,6 +115,7 @@ def scrubber_value(
         "bits": [round((k + 1) * bits, 1) for k in range(num_tokens)],
         "frames": [],
         "codes": [],
+        "gains": [],
         "charts": [],
         "status": "",
         "busy": False,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..image import to_model_input
@@ -22,13 +22,14 @@ from ..pipeline import SpectralARPipeline
 from .errors import one_sentence
 from .generate import QUIET, new_seed
 from .model import MAX_SEED, Model, on_gpu, to_pixels
-from .reconstruct import EXAMPLES
 from .runs import Settings
 from .upload import PhotoInput, open_photo
 
 KEPT_SAMPLES = 64
 PREVIEW_SIDE = 256
+THUMBNAIL_SIDE = 128
 NUM_SAMPLE_EXAMPLES = 4
+EXAMPLES = Path(__file__).parents[2] / "assets" / "examples"
 EXAMPLE_FILES = {path.stem: path for path in sorted(EXAMPLES.glob("*")) if path.suffix in (".png", ".jpg", ".webp")}
 
 
@@ -60,22 +61,34 @@ class Origins:
                 raise ValueError(f"{origin!r} is no sample: it should be sample:CLASS_ID:SEED.")
             (class_id,) = self.model.pipe.get_label_ids(int(class_id))
             return self.sample(class_id, int(seed))
-        if kind == "example":
-            if rest not in self.examples:
-                raise ValueError("there is no such example.")
-            photo = open_photo(self.examples[rest])
-        elif kind:
-            raise ValueError(f"{origin!r} is neither an example nor a sample.")
+        photo = self.photo(origin, photo)
         if photo is None:
             raise ValueError(f"choose {name} first.")
         image = to_model_input(photo, self.model.image_size, self.model.channels)
         return Picture(image[0], self.model.encode(image)[0])
 
-    def preview(self, origin: str) -> Image.Image | str | None:
+    def photo(self, origin: str | None, photo: Image.Image | None) -> Image.Image | None:
+        """The photo that an origin names or, where there is none, `photo`; None for a sample.
+
+        Raises:
+            ValueError: one sentence, if the origin is none.
+        """
+        kind, _, name = (origin or "").partition(":")
+        if kind == "sample":
+            return None
+        if kind == "example":
+            if name not in self.examples:
+                raise ValueError("there is no such example.")
+            return open_photo(self.examples[name])
+        if kind:
+            raise ValueError(f"{origin!r} is neither an example nor a sample.")
+        return photo
+
+    def preview(self, origin: str) -> Image.Image:
         """What the image input shows for an origin."""
-        kind, _, name = origin.partition(":")
-        if kind == "example" and name in self.examples:
-            return str(self.examples[name])
+        photo = self.photo(origin, None)
+        if photo is not None:
+            return photo
         image = Image.fromarray(to_pixels(self.picture(origin, None).image / 2 + 0.5))
         factor = max(1, PREVIEW_SIDE // image.width)  # whole steps: browsers blur what they enlarge
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
@@ -135,6 +148,10 @@ class Source:
         self.sent.success(handler, [self.origin, self.photo], outputs, **options)
 
 
+def _thumbnail(path: Path) -> Image.Image:
+    return ImageOps.contain(Image.open(path), (THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+
+
 def source(origins: Origins, label: str, elem_id: str, *, height: int = 200, class_id: int = 0) -> Source:
     """Lays out the choice of a picture: an image input, a sample of a class, and thumbnails of the examples."""
     names = origins.model.class_names
@@ -143,19 +160,20 @@ def source(origins: Origins, label: str, elem_id: str, *, height: int = 200, cla
         elem_id=elem_id, placeholder="Drop an image, paste one, or click to choose",
     )  # fmt: skip
     origin = gr.Textbox("", label=f"{label}: origin", visible="hidden")
+    if origins.examples:
+        thumbnails = gr.Dataset(
+            components=[gr.Image(render=False, visible=False)], type="index", label="Examples",
+            samples=[[_thumbnail(path)] for path in origins.examples.values()],
+            samples_per_page=len(origins.examples), elem_id=f"{elem_id}-examples",
+        )  # fmt: skip
+        keys = [f"example:{name}" for name in origins.examples]
+        thumbnails.click(lambda i: keys[i], thumbnails, origin, **QUIET)
     with gr.Row(elem_classes="tight"):
         classes = gr.Dropdown(
             list(zip(names, range(len(names)), strict=True)), value=class_id % len(names), label="or a sample of",
             filterable=True, min_width=120, scale=3, elem_id=f"{elem_id}-class",
         )  # fmt: skip
         draw = gr.Button("Sample", size="sm", min_width=70, scale=1, elem_id=f"{elem_id}-sample")
-    if origins.examples:
-        thumbnails = gr.Dataset(
-            components=[gr.Image(render=False, visible=False)], samples=[[str(p)] for p in origins.examples.values()],
-            type="index", label="or an example", samples_per_page=len(origins.examples), elem_id=f"{elem_id}-examples",
-        )  # fmt: skip
-        keys = [f"example:{name}" for name in origins.examples]
-        thumbnails.click(lambda i: keys[i], thumbnails, origin, **QUIET)
 
     def preview(name: str) -> Any:
         if not name:

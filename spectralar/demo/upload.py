@@ -84,10 +84,16 @@ class PhotoInput(gr.Image):
 
 
 def crop_figure(photo: Image.Image, image_size: int, channels: int) -> str:
-    """What a model takes of a photo, as HTML: the photo small, with everything outside the crop faded."""
+    """What a model takes of a photo, as HTML: the photo small, with everything outside the crop faded.
+
+    Of a square photo, where nothing is cropped, only a sentence.
+    """
     width, height = photo.info.get("full_size", photo.size)
     if photo.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # a quarter turn
         width, height = height, width
+    seen = f"seen as {image_size} × {image_size} in {'grey' if channels == 1 else 'colour'}."
+    if width == height:
+        return f'<figure class="crop"><figcaption>All of {width} × {height} pixels, {seen}</figcaption></figure>'
     small = _preview(ImageOps.exif_transpose(photo))
     side = min(small.size)
     box = (left := (small.width - side) // 2, top := (small.height - side) // 2, left + side, top + side)
@@ -96,8 +102,8 @@ def crop_figure(photo: Image.Image, image_size: int, channels: int) -> str:
     buffer = io.BytesIO()
     faded.save(buffer, "JPEG", quality=85)
     url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    side, kind = min(width, height), "grey" if channels == 1 else "colour"
-    text = f"The middle {side} × {side} of {width} × {height} pixels, seen as {image_size} × {image_size} in {kind}."
+    side = min(width, height)
+    text = f"The middle {side} × {side} of {width} × {height} pixels, {seen}"
     return f'<figure class="crop"><img src="{url}" alt="{text}"><figcaption>{text}</figcaption></figure>'
 
 

@@ -79,7 +79,7 @@ def reconstructing(generating, photo):
     """The same page on its Reconstruct tab, with a photo in it."""
     generating.get_by_role("tab", name="Reconstruct").click()
     generating.locator("#photo input[type=file]").set_input_files(photo)
-    expect(generating.locator("#reconstructed .chart")).to_have_count(3, timeout=PATIENCE)  # PSNR, SSIM, plain codecs
+    expect(generating.locator("#reconstructed .chart")).to_have_count(4, timeout=PATIENCE)  # and plain codecs'
     return generating
 
 
@@ -337,7 +337,7 @@ def test_replacing_a_code_shows_what_moves(reconstructing):
     before = pixels(reconstructing, 2, VIEW)
     reconstructing.locator(f"{VIEW} .chip").nth(4).click()
     assert k_of(reconstructing, VIEW) == 5
-    reconstructing.get_by_text("Replace a code").click()
+    expect(reconstructing.locator("#token input")).to_be_visible(timeout=PATIENCE)
     expect(reconstructing.locator("#token input")).to_have_value("5", timeout=PATIENCE)
     move_slider(reconstructing, 12, VIEW)
     code = reconstructing.locator("#code input")
@@ -371,3 +371,15 @@ def test_a_bad_upload_is_answered_in_a_sentence(reconstructing, tmp_path):
     reconstructing.locator("#photo input[type=file]").set_input_files(tmp_path / "note.png")
     sentence = "This file is not an image that can be read: please send JPEG"
     expect(reconstructing.get_by_text(sentence)).to_be_visible(timeout=PATIENCE)
+    expect(reconstructing.locator(f"{VIEW} canvas")).to_have_count(0)
+    expect(reconstructing.locator(f"{VIEW} [data-read=k]")).to_have_text("–")  # nothing is left of the photo before
+
+
+def test_an_example_in_one_click_and_its_link(reconstructing, open_tab, page):
+    reconstructing.locator("#photo-examples button").nth(2).click()
+    expect(reconstructing.locator(f"{VIEW} .chart")).to_have_count(4, timeout=PATIENCE)
+    wait_for_k(reconstructing, 24, VIEW)
+    assert "image=example%3Ashirt" in reconstructing.url
+    other = open_tab(reconstructing.url.removeprefix(page.url))
+    wait_for_k(other, 24, VIEW)
+    np.testing.assert_array_equal(pixels(other, 2, VIEW), pixels(reconstructing, 2, VIEW))

@@ -68,6 +68,11 @@ def test_crop_counts_a_quarter_turn():
     assert "of 20 × 40 pixels" in crop_figure(upright, 16, 3)
 
 
+def test_a_square_photo_needs_no_crop():
+    figure = crop_figure(Image.fromarray(gradient(30, 30)), 16, 3)
+    assert "All of 30 × 30 pixels, seen as 16 × 16 in colour." in figure and "<img" not in figure
+
+
 def test_large_jpegs_are_decoded_smaller_and_reported_whole():
     image = open_photo(file_of(Image.new("RGB", (4800, 4800), "red"), "JPEG"))
     assert image.size == (1200, 1200) and image.info["full_size"] == (4800, 4800)
