@@ -1,6 +1,7 @@
 """Builds and launches the demo page: python app.py [--model FOLDER_OR_HUB_ID ...]"""
 
 import argparse
+import importlib.util
 import os
 from pathlib import Path
 
@@ -28,8 +29,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
     parser.add_argument("--port", type=int, default=None, help="default: the first free one from 7860")
     parser.add_argument("--root-path", default=None, help="sub-path the page is served under, behind a proxy")
+    parser.add_argument("--mcp", action="store_true", help="let agents use the endpoints as tools: gradio_api/mcp")
     parser.add_argument("--share", action="store_true", help="make a public link")
     options = parser.parse_args(arguments)
+    if options.mcp and importlib.util.find_spec("mcp") is None:
+        parser.error("--mcp needs the packages of Gradio's extra: pip install 'gradio[mcp]'.")
     options.model = options.model or find_models(MODELS)
     if not options.model:
         parser.error(f"there is no model in {MODELS}: name a saved pipeline's folder or a Hub id with --model.")
@@ -44,7 +48,7 @@ def main() -> None:
         server_port=options.port,
         root_path=options.root_path,
         share=options.share,
-        **launch_options(),
+        **launch_options(options.mcp),
     )
 
 

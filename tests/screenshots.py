@@ -17,7 +17,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from app import MODELS
-from spectralar.demo.export import animation
+from spectralar.demo.export import animation, png_bytes
 from spectralar.demo.model import Model, find_models
 from spectralar.demo.page import TABS, build, launch_options
 
@@ -33,7 +33,7 @@ SUBJECTS = {
     "generate": [(None, "#export-png:enabled")],
     "reconstruct": [(("#photo-examples button", 2), "#reconstructed .chart:nth-child(4)")],
     "bands": [
-        (("#bands-try button", 3), "#figure-contributions svg"),
+        (("#bands-try button", 0), "#figure-contributions svg"),
         (("#measure-influence", 0), "#figure-influence svg"),
     ],
     "remix": [(("#remix-try button", 0), "#remix-strip svg")],
@@ -67,14 +67,12 @@ def show(page: Page, slug: str, title: str) -> None:
 
 
 def picture(page: Page, longest: int) -> bytes:
-    """A PNG of the page from its top, of few colours: it is text and small pictures mostly."""
+    """A PNG of the page from its top."""
     page.evaluate("window.scrollTo(0, 0)")
     width = page.viewport_size["width"]
     height = min(longest, page.evaluate("document.documentElement.scrollHeight"))
     data = page.screenshot(full_page=True, clip={"x": 0, "y": 0, "width": width, "height": height})
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    return png_bytes(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def main() -> None:

@@ -170,7 +170,7 @@ def build(model: Model) -> Linked:
     influence = Influence(model, origins)
     held = gr.State(None)
     with gr.Row(elem_classes="split"):
-        with gr.Column(scale=3, min_width=300, elem_classes="panel"):
+        with gr.Column(scale=3, min_width=300):
             picture = source(origins, "Image", "bands-image", height=220)
             tried, labels = sample_examples(model)
             examples = gr.Dataset(
@@ -241,13 +241,23 @@ def _add_endpoints(model: Model, influence: Influence) -> None:
     def bands(image: Image.Image | None) -> dict[str, Any]:
         """The frequency bands of an image and what its spectral tokens do in them.
 
-        Returns {"codes": N codes, "figures": the numbers of each figure of the tab, as columns by name}.
+        Args:
+            image: any photo; its middle square is taken.
+
+        Returns:
+            {"codes": N codes, "figures": the numbers of each figure of the tab, as columns by name}.
         """
         analysis = analysis_of(image)
         return {"codes": analysis.picture.codes, "figures": tables(dict(analysis.charts()))}
 
     def band_figure(image: Image.Image | None, figure: str, file_format: str) -> str:
-        """One figure of the Frequency bands tab for an image, as a file."""
+        """One figure of the Frequency bands tab for an image, as a file.
+
+        Args:
+            image: any photo; its middle square is taken.
+            figure: nested_squares, band_energies, radial_spectra or contributions.
+            file_format: png, svg, or csv for the numbers.
+        """
         with one_sentence():
             data = chart_bytes(dict(analysis_of(image).charts())[figure], file_format)
         return save_bytes_to_cache(data, f"{figure}.{file_format}", output.GRADIO_CACHE)

@@ -116,7 +116,7 @@ def build(model: Model) -> Linked:
     drawn = charts(model)
     card = model_card(model_folder(model))
     with gr.Row(elem_classes="split"):
-        with gr.Column(scale=4, min_width=300, elem_classes="panel"):
+        with gr.Column(scale=4, min_width=300):
             rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts(model).items())
             gr.HTML(f"<dl>{rows}</dl>", css_template=FACTS_CSS, elem_id="facts")
         with gr.Column(scale=7, min_width=320):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .generate import Run
 
 EXPORTS = {"png": "PNG sheet", "webp": "Animated WebP", "gif": "GIF", "json": "Codes (JSON)", "py": "Python code"}
-ANIMATION_SIDE = 256  # small images are enlarged to at least this, in whole steps, for posting
+POSTED_SIDE = 256  # small pictures are enlarged to at least this, in whole steps
 ANIMATION_SECONDS = 4.0
 LAST_FRAME_SECONDS = 1.5
 
@@ -36,11 +36,15 @@ def sheet(images: np.ndarray) -> Image.Image:
     return Image.fromarray(out)
 
 
+def enlarged(picture: Image.Image) -> Image.Image:
+    """A small picture in whole steps, at least `POSTED_SIDE` pixels wide or high."""
+    factor = max(1, math.ceil(POSTED_SIDE / max(picture.size)))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
 def animation(frames: list[np.ndarray], file_format: str) -> bytes:
     """An endless animation, coarse to fine, of frames (B, H, H[, 3]) uint8; the last one stays longest."""
-    pictures = [sheet(images) for images in frames]
-    factor = max(1, math.ceil(ANIMATION_SIDE / max(pictures[0].size)))
-    pictures = [picture.resize((picture.width * factor, picture.height * factor), 0) for picture in pictures]
+    pictures = [enlarged(sheet(images)) for images in frames]
     duration = [round(1000 * ANIMATION_SECONDS / len(pictures))] * len(pictures)
     duration[-1] = round(1000 * LAST_FRAME_SECONDS)
     options = {"lossless": True, "quality": 0, "method": 0} if file_format == "WEBP" else {"optimize": False}

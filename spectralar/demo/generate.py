@@ -10,12 +10,13 @@ from functools import cache, partial
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from ..sampling import GUIDANCE_SCHEDULES, guidance_curve
 from .errors import one_sentence, user_error
-from .export import EXPORTS, export_file, png_data_url
+from .export import EXPORTS, enlarged, export_file, png_data_url, sheet
 from .links import Link, Linked
-from .model import MAX_SEED, Model
+from .model import MAX_SEED, Frame, Model
 from .runs import MAX_IMAGES, Run, Settings, stream
 from .scrubber import scrubber
 
@@ -104,9 +105,9 @@ def _examples(model: Model) -> gr.Dataset:
 
 def build(model: Model) -> Linked:
     """Lays out the tab; returns what of it stands in the page's address."""
-    _add_endpoint(model)  # first: Gradio numbers later functions of the same name, the page's own handlers
+    _add_endpoints(model)  # first: Gradio numbers later functions of the same name, the page's own handlers
     with gr.Row(elem_classes="split"):
-        with gr.Column(scale=3, min_width=300, elem_classes="panel"):
+        with gr.Column(scale=3, min_width=300):
             with gr.Row(elem_classes="tight"):
                 go = gr.Button("Generate", variant="primary", min_width=100, scale=3, elem_id="generate")
                 stop = gr.Button("Stop", interactive=False, min_width=70, scale=1, elem_id="stop")
@@ -248,7 +249,15 @@ class _Tab:
         return self.show(self.opening())
 
 
-def _add_endpoint(model: Model) -> None:
+# -------------------------------------------------------------------------------------------------- endpoints
+
+
+def _add_endpoints(model: Model) -> None:
+    def sampled(settings: Settings) -> Frame:
+        class_id = model.label(settings.class_label)
+        *_, frame = model.frames(class_id, settings.count, settings.seed, **settings.arguments())
+        return frame
+
     def generate(
         class_label: str,
         count: int = 4,
@@ -283,9 +292,7 @@ def _add_endpoint(model: Model) -> None:
                 model, class_label, count, seed, guidance_scale, guidance_schedule, temperature, top_k, top_p,
                 num_tokens, prefix_codes,
             )  # fmt: skip
-            arguments = settings.arguments()
-            class_id = model.label(settings.class_label)
-            *_, frame = model.frames(class_id, settings.count, settings.seed, **arguments)
+            frame = sampled(settings)
         return {
             "images": [png_data_url(image) for image in frame.images],
             "codes": frame.codes,
@@ -293,4 +300,38 @@ def _add_endpoint(model: Model) -> None:
             "model": model.name,
         }
 
-    gr.api(generate, api_name="generate", concurrency_id="sample", concurrency_limit=SAMPLERS)
+    def generate_sheet(
+        class_label: str, count: float, seed: float, guidance_scale: float, num_tokens: float
+    ) -> tuple[Image.Image, dict[str, Any]]:
+        """Generates images of a class and returns them as one picture, side by side.
+
+        Args:
+            class_label: a class name or its id.
+            count: number of images, 1 to 16.
+            seed: of the random numbers; the same seed gives the same images.
+            guidance_scale: classifier-free guidance, 1 is off.
+            num_tokens: sample only the first n tokens: fewer give blurrier images.
+
+        Returns:
+            The picture, and {"codes": one list an image, "settings": all of them, "model": its name}.
+        """
+        with one_sentence():
+            defaults = (DEFAULTS.guidance_schedule, DEFAULTS.temperature, DEFAULTS.top_k, DEFAULTS.top_p)
+            settings = Settings.checked(model, class_label, count, seed, guidance_scale, *defaults, num_tokens, [])
+            frame = sampled(settings)
+        numbers = {"codes": frame.codes, "settings": asdict(settings), "model": model.name}
+        return enlarged(sheet(frame.images)), numbers
+
+    options = {"concurrency_id": "sample", "concurrency_limit": SAMPLERS}
+    gr.api(generate, api_name="generate", **options)
+    n = model.num_tokens
+    with gr.Group(visible=False):
+        inputs = [
+            gr.Textbox(model.class_names[0], label="class_label"),
+            gr.Number(DEFAULTS.count, label="count"),
+            gr.Number(DEFAULTS.seed, label="seed"),
+            gr.Number(DEFAULTS.guidance_scale, label="guidance_scale"),
+            gr.Number(n, label="num_tokens", info=f"1 to {n}"),
+        ]
+        outputs = [gr.Image(label="sheet", format="png"), gr.JSON(label="numbers")]
+        gr.Button(visible=False).click(generate_sheet, inputs, outputs, api_name="generate_sheet", **options)

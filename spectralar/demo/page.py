@@ -90,8 +90,12 @@ def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
-def launch_options() -> dict[str, Any]:
-    """Arguments of `Blocks.launch`: the look, and nothing stored, watched or fetched from elsewhere."""
+def launch_options(mcp: bool = False) -> dict[str, Any]:
+    """Arguments of `Blocks.launch`: the look, and nothing stored, watched or fetched from elsewhere.
+
+    Args:
+        mcp: whether agents may use the endpoints as tools; needs the packages of gradio[mcp].
+    """
     theme = gr.themes.Default(
         primary_hue="indigo",
         neutral_hue="slate",
@@ -115,5 +119,5 @@ def launch_options() -> dict[str, Any]:
         "max_file_size": "40mb",
         "state_session_capacity": 500,
         "ssr_mode": False,
-        "mcp_server": False,
+        "mcp_server": mcp,
     }

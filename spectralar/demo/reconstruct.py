@@ -36,7 +36,7 @@ def build(model: Model) -> Linked:
     _add_endpoints(model)  # first: Gradio numbers later functions of the same name, the page's own handlers
     origins = Origins(model)
     with gr.Row(elem_classes="split"):
-        with gr.Column(scale=3, min_width=300, elem_classes="panel"):
+        with gr.Column(scale=3, min_width=300):
             picture = source(origins, "Image", "photo", height=240)
             crop = gr.HTML("")
             with gr.Accordion("Replace a code", open=False, elem_id="edit") as edit:
@@ -125,8 +125,13 @@ def _add_endpoints(model: Model) -> None:
     def reconstruct(image: Image.Image | None, num_tokens: float | None) -> tuple[Image.Image, dict[str, Any]]:
         """Encodes an image to spectral tokens and decodes a prefix of them.
 
-        Returns the decoded image, and {"codes", "num_tokens", "cutoff", "bits", "psnr", "ssim"}: all N codes, and
-        PSNR in dB and SSIM of the decoded prefix against the image as the model sees it.
+        Args:
+            image: any photo; its middle square is taken.
+            num_tokens: prefix length, 1 to N.
+
+        Returns:
+            The decoded image, and {"codes", "num_tokens", "cutoff", "bits", "psnr", "ssim"}: all N codes, and PSNR in
+            dB and SSIM of the decoded prefix against the image as the model sees it.
         """
         if image is None:
             raise user_error("Send an image.")
@@ -163,7 +168,7 @@ def _add_endpoints(model: Model) -> None:
 
     with gr.Group(visible=False):
         image = PhotoInput(label="image", type="pil", image_mode=None)
-        num_tokens = gr.Number(None, label="num_tokens", info=f"Prefix length, 1 to {n}; default all")
+        num_tokens = gr.Number(n, label="num_tokens", info=f"1 to {n}")
         output, numbers = gr.Image(label="reconstruction", format="png"), gr.JSON(label="numbers")
         gr.Button(visible=False).click(
             reconstruct, [image, num_tokens], [output, numbers], api_name="reconstruct",

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..image import to_model_input
 from .errors import one_sentence, user_error, whole_number
-from .export import png_data_url
+from .export import sheet
 from .figures import figure, listen_to_saves, shown
 from .generate import QUIET, SAMPLERS, new_seed
 from .links import Link, Linked, from_query
@@ -56,7 +56,7 @@ def build(model: Model) -> Linked:
     origins = Origins(model)
     examples = _examples(model)
     with gr.Row(elem_classes="split"):
-        with gr.Column(scale=3, min_width=300, elem_classes="panel"):
+        with gr.Column(scale=3, min_width=300):
             with gr.Row(elem_classes="tight"):
                 go = gr.Button("Remix", variant="primary", min_width=100, scale=3, elem_id="remix")
                 stop = gr.Button("Stop", interactive=False, min_width=70, scale=1, elem_id="remix-stop")
@@ -66,7 +66,7 @@ def build(model: Model) -> Linked:
             )  # fmt: skip
             a = source(origins, "Image A", "remix-a", height=170)
             mode = gr.Radio(MODES, value=TAIL, label="After the first k tokens of A come", elem_id="remix-mode")
-            with gr.Column(visible=True, elem_classes="panel") as of_b:
+            with gr.Column(visible=True) as of_b:
                 b = source(origins, "Image B", "remix-b", height=170, class_id=1)
             with gr.Group(visible=False) as of_model:
                 label, seed, scale = _sampling_controls(model)
@@ -227,22 +227,44 @@ def _add_endpoints(model: Model) -> None:
         x = to_model_input(image, model.image_size, model.channels)
         return Picture(x[0], model.encode(x)[0])
 
-    def mix(image_a: Image.Image | None, image_b: Image.Image | None, num_tokens: float) -> dict[str, Any]:
+    def mix(
+        image_a: Image.Image | None, image_b: Image.Image | None, num_tokens: float
+    ) -> tuple[Image.Image, dict[str, Any]]:
         """The first tokens of image A followed by the other tokens of image B.
 
-        Returns {"image": PNG data URL, "codes": its codes}.
+        Args:
+            image_a: any photo; its middle square is taken.
+            image_b: another one.
+            num_tokens: how many tokens are of image A, 0 to N.
+
+        Returns:
+            The image, and {"codes": its codes}.
         """
         with one_sentence():
             k = whole_number(num_tokens, "the number of tokens", 0, n)
             codes = picture(image_a, "image A").codes[:k] + picture(image_b, "image B").codes[k:]
-        return {"image": png_data_url(model.decode([codes], [n])[0, 0]), "codes": codes}
+        return Image.fromarray(model.decode([codes], [n])[0, 0]), {"codes": codes}
 
     def continue_as(
-        image: Image.Image | None, class_label: str, num_tokens: float, count: float, seed: float, guidance: float
-    ) -> dict[str, Any]:
+        image: Image.Image | None,
+        class_label: str,
+        num_tokens: float,
+        count: float,
+        seed: float,
+        guidance_scale: float,
+    ) -> tuple[Image.Image, dict[str, Any]]:
         """The first tokens of an image, continued by the model as a class, in several variations.
 
-        Returns {"images": PNG data URLs, "codes": one list a variation}.
+        Args:
+            image: any photo; its middle square is taken.
+            class_label: a class name or its id.
+            num_tokens: how many tokens are of the image, 1 to N - 1.
+            count: number of variations, 1 to 16.
+            seed: of the random numbers; the same seed gives the same images.
+            guidance_scale: classifier-free guidance, 1 is off.
+
+        Returns:
+            The variations as one picture, side by side, and {"codes": one list a variation}.
         """
         with one_sentence():
             k = whole_number(num_tokens, "the number of tokens", 1, n - 1)
@@ -250,23 +272,22 @@ def _add_endpoints(model: Model) -> None:
             generator = torch.Generator().manual_seed(whole_number(seed, "the seed", 0, MAX_SEED))
             class_id, prefix = model.label(class_label or ""), picture(image, "an image").codes[:k]
             codes = own_pipe(model)(
-                class_id, num_images_per_prompt=count, guidance_scale=guidance, prefix_codes=[prefix],
+                class_id, num_images_per_prompt=count, guidance_scale=guidance_scale, prefix_codes=[prefix],
                 generator=generator, output_type="latent",
             ).codes.tolist()  # fmt: skip
-        return {"images": [png_data_url(image) for image in model.decode(codes, [n])[:, 0]], "codes": codes}
+        return sheet(model.decode(codes, [n])[:, 0]), {"codes": codes}
 
-    half = n // 2
     with gr.Group(visible=False):
-        a, b, output = PhotoInput(label="image_a"), PhotoInput(label="image_b"), gr.JSON(label="result")
-        tokens = gr.Number(half, label="num_tokens", info=f"how many are of the first image, 0 to {n}")
+        a, b = PhotoInput(label="image_a"), PhotoInput(label="image_b")
+        outputs = [gr.Image(label="picture", format="png"), gr.JSON(label="numbers")]
+        tokens = gr.Number(n // 2, label="num_tokens")
         gr.Button(visible=False).click(
-            mix, [a, b, tokens], output, api_name="mix", concurrency_id="tokenizer", concurrency_limit=2
+            mix, [a, b, tokens], outputs, api_name="mix", concurrency_id="tokenizer", concurrency_limit=2
         )  # fmt: skip
-        label = gr.Textbox(model.class_names[0], label="class_label", info="a class name or its id")
-        count = gr.Number(VARIATIONS, label="count", info=f"variations, 1 to {MAX_IMAGES}")
-        seed = gr.Number(0, label="seed", info="the same seed gives the same images")
-        scale = gr.Number(Settings.guidance_scale, label="guidance_scale", info="1 is off")
+        label = gr.Textbox(model.class_names[0], label="class_label")
+        count, seed = gr.Number(VARIATIONS, label="count"), gr.Number(0, label="seed")
+        scale = gr.Number(Settings.guidance_scale, label="guidance_scale")
         gr.Button(visible=False).click(
-            continue_as, [a, label, tokens, count, seed, scale], output, api_name="continue_as",
+            continue_as, [a, label, tokens, count, seed, scale], outputs, api_name="continue_as",
             concurrency_id="sample", concurrency_limit=SAMPLERS,
         )  # fmt: skip

@@ -49,13 +49,13 @@ function newest() {
   return n;
 }
 
-function receive() {
+function receive(arrived = true) {
   const next = props.value;
   if (!next) return empty();
   const fresh = !value || value.id !== next.id;
   const before = value;
   value = next;
-  if (fresh) begin(before);
+  if (fresh) begin(before, arrived);
   for (; received < next.frames.length; received++) decode(next.frames[received], received, next.id);
   find('.status').textContent = next.status;
   if (!next.busy && (fresh || (before && before.busy))) find('[role=status]').textContent = next.status;
@@ -78,7 +78,7 @@ function empty() {
   refresh();
 }
 
-function begin(before) {
+function begin(before, arrived) {
   const keep = value.keep_place && before;
   stop();
   received = 0;
@@ -93,9 +93,9 @@ function begin(before) {
   if (shape(before) !== shape(value)) buildTiles();
   slider.max = value.cutoffs.length;
   find('.chips').replaceChildren();
-  // On a phone the pictures may be out of sight of the button that asked for them.
+  // On a phone the pictures may be out of sight of what asked for them.
   const area = stage.getBoundingClientRect();
-  if (value.busy && before && (area.top > window.innerHeight - 160 || area.bottom < 160)) {
+  if (arrived && !keep && (area.top > window.innerHeight - 160 || area.bottom < 160)) {
     element.scrollIntoView({ block: 'start', behavior: 'smooth' });
   }
 }
@@ -412,4 +412,4 @@ function save() {
 
 new ResizeObserver(fit).observe(element);
 watch('value', receive);
-receive();
+receive(false);

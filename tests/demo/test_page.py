@@ -2,6 +2,8 @@
 
 import base64
 import io
+import re
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -40,6 +42,16 @@ def test_generate_is_the_pipeline(client, page):
     for url, image in zip(answer["images"], expected.images, strict=True):
         np.testing.assert_allclose(np.asarray(image_of(url), int), np.asarray(image, int), atol=1)
     assert answer["model"] == "tiny" and answer["settings"]["seed"] == 3
+
+
+def test_a_sheet_is_the_same_images_side_by_side(client):
+    path, numbers = client.predict("bag", 2, 3, 1.5, 20, api_name="/generate_sheet")
+    answer = client.predict("bag", count=2, seed=3, guidance_scale=1.5, api_name="/generate")
+    assert numbers == {name: answer[name] for name in ("codes", "settings", "model")}
+    sheet = np.asarray(Image.open(path))
+    factor = sheet.shape[1] // 48
+    assert sheet.shape == (24 * factor, 48 * factor, 3) and 48 * factor >= 256
+    np.testing.assert_array_equal(sheet[::factor, 24 * factor :: factor], np.asarray(image_of(answer["images"][1])))
 
 
 def test_generate_goes_on_from_given_tokens(client):
@@ -114,18 +126,20 @@ def test_a_text_file_with_an_images_name(client, tmp_path):
 
 def test_endpoints_are_named_typed_and_documented(client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert set(endpoints) == {  # and none of the page's own handlers
-        "/generate", "/reconstruct", "/decode", "/bands", "/band_figure", "/influence", "/mix", "/continue_as",
-        "/model",
-    }  # fmt: skip
     parameters = {p["parameter_name"]: p for p in endpoints["/generate"]["parameters"]}
     assert parameters["seed"]["python_type"]["type"] == "int" and parameters["seed"]["parameter_default"] == 0
     assert all(endpoint["description"] for endpoint in endpoints.values())
+    # The README's table lists them all with their parameters, and none of the page's own handlers is among them.
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(/\w+)` \| ([^|]*) \|", readme, flags=re.MULTILINE))
+    listed = {name: re.findall(r"`(\w+)`", row) for name, row in rows.items()}
+    assert listed == {name: [p["parameter_name"] for p in e["parameters"]] for name, e in endpoints.items()}
 
 
 def test_nothing_is_stored_watched_or_fetched_from_elsewhere(page):
     options = launch_options()
     assert options["run_history"] is False and options["enable_monitoring"] is False and options["max_file_size"]
+    assert options["mcp_server"] is False and launch_options(mcp=True)["mcp_server"] is True
     assert httpx.get(page.url + "monitoring/summary").status_code in (403, 404)
     html = httpx.get(page.url).text
     assert "fonts.googleapis" not in html
