@@ -1,6 +1,6 @@
 """Makes the README's pictures from the page as it is, with the embedded model: python -m tests.screenshots
 
-Writes to assets/figures: TAB-light.png, TAB-dark.png and TAB-phone.png of each tab after its first example, and
+Writes to assets/figures: TAB-light.webp, TAB-dark.webp and TAB-phone.webp of each tab after its first example, and
 generation.gif, the animation that the page offers for download. Seeds are fixed, nothing is chosen.
 """
 
@@ -17,7 +17,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from app import MODELS
-from spectralar.demo.export import animation, png_bytes
+from spectralar.demo.export import animation
 from spectralar.demo.model import Model, find_models
 from spectralar.demo.page import TABS, build, launch_options
 
@@ -67,12 +67,14 @@ def show(page: Page, slug: str, title: str) -> None:
 
 
 def picture(page: Page, longest: int) -> bytes:
-    """A PNG of the page from its top."""
+    """The page from its top, as WebP: a third of a PNG's size."""
     page.evaluate("window.scrollTo(0, 0)")
     width = page.viewport_size["width"]
     height = min(longest, page.evaluate("document.documentElement.scrollHeight"))
     data = page.screenshot(full_page=True, clip={"x": 0, "y": 0, "width": width, "height": height})
-    return png_bytes(Image.open(io.BytesIO(data)).convert("RGB"))
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("RGB").save(buffer, "WEBP", quality=88, method=6)
+    return buffer.getvalue()
 
 
 def main() -> None:
@@ -97,7 +99,7 @@ def main() -> None:
                 slug = tab.__name__.rpartition(".")[2]
                 if slug in options.tabs:
                     show(page, slug, tab.TITLE)
-                    (options.output / f"{slug}-{view}.png").write_bytes(picture(page, longest))
+                    (options.output / f"{slug}-{view}.webp").write_bytes(picture(page, longest))
             page.close()
         browser.close()
     demo.close()
