@@ -87,12 +87,22 @@ def pixels(tab, index, view):
 def scrubbed(tab, view, lengths, index=0):
     """A picture at several places of the slider; moving it must not ask the server for anything."""
     requests = []
-    tab.on("request", lambda request: requests.append(request.url))
+
+    def count(request):
+        requests.append(request.url)
+
+    tab.on("request", count)
+    for _ in range(100):  # until the page has done what came before
+        requests.clear()
+        tab.wait_for_timeout(200)
+        if not requests:
+            break
     shown = {}
     for k in lengths:
         move_slider(tab, k, view)
         shown[k] = pixels(tab, index, view).astype(int)
-    tab.wait_for_timeout(300)
+    tab.wait_for_timeout(200)
+    tab.remove_listener("request", count)
     assert requests == []
     return shown
 
