@@ -20,26 +20,39 @@ from .data import ImageSet, load_images
 
 def parse_arguments(description: str, argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """The command line of a training stage: PRESET, --output, --max-minutes, --dry-run, key=value overrides."""
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", help="a name in train/configs, or the path of a .yaml file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. train_tokenizer.lr=5e-4")
+    parser = make_parser(description)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder of the run (default: runs/NAME)")
     parser.add_argument(
         "--max-minutes", type=_minutes, default=math.inf, metavar="MINUTES",
         help="stop after so many minutes with a checkpoint; the same command goes on from there (default: no limit)",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="a few steps, their speed, and nothing written")
-    args = parser.parse_intermixed_args(argv)
-    try:
-        config = load_config(args.preset, args.overrides)
-    except ValueError as error:
-        parser.error(str(error))
+    args, config = parse_settings(parser, argv)
     if args.dry_run:
         config.data.decode = "on-the-fly"  # nothing is written, the decoded images neither
     args.output = args.output or Path("runs") / config.name
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output {args.output} is a file: give a folder.")
     return args, config
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of PRESET and key=value overrides, whose --help explains all settings."""
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", help="a name in train/configs, or the path of a .yaml file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. train_tokenizer.lr=5e-4")
+    return parser
+
+
+def parse_settings(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> tuple[argparse.Namespace, Config]:
+    """The arguments of `make_parser`, and of what was added to it, with the configuration that they name."""
+    args = parser.parse_intermixed_args(argv)
+    try:
+        return args, load_config(args.preset, args.overrides)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 class _Parser(argparse.ArgumentParser):
