@@ -9,15 +9,17 @@ from spectralar import SpectralARTransformer, SpectralTokenizer
 from train.adversarial import PatchDiscriminator
 from train.benchmark.measure import count_flops
 from train.config import load_config
-from train.engine import make_ema, make_optimizer
+from train.costs import PERCEPTUAL_FLOPS, extra_flops
+from train.engine import make_ema
 from train.losses import make_perceptual_loss
-from train.plan import PERCEPTUAL_FLOPS, extra_flops, main, make_models, plan_stages
+from train.optimizers import make_optimizer
+from train.plan import main, make_models, plan_stages
 from train.train_tokenizer import nested_loss
 from train.train_transformer import next_token_loss
 
 # The presets with fewer layers, which the formulas know as a number: counting takes seconds, not minutes.
 SHORT = ["tokenizer.encoder_layers=3", "tokenizer.decoder_layers=2", "transformer.num_layers=2"]
-CLASSES = 10
+CLASSES, IMAGES = 10, 512  # so many that what is done once a batch does not show
 
 
 class Measured:
@@ -54,7 +56,7 @@ class Measured:
 def load(preset: str, *overrides: str):
     config = load_config(preset, [*SHORT, *overrides])
     for stage in (config.train_tokenizer, config.train_transformer):
-        stage.batch_size, stage.codes = 2, "stored"
+        stage.batch_size, stage.codes, stage.optimizer = IMAGES, "stored", "adamw"
     return config
 
 
@@ -67,11 +69,30 @@ def test_operations_are_those_counted(preset, checkpointing):
         stage.gradient_checkpointing = checkpointing
     plans = {plan.name: plan for plan in plan_stages(config, 1, CLASSES)}
     with FakeTensorMode(allow_non_fake_inputs=True):  # operations are recorded, nothing is computed
-        measured = Measured(config, 2, checkpointing)
+        measured = Measured(config, IMAGES, checkpointing)
         for name, plan in plans.items():
             counted = count_flops(lambda name=name: measured.loss(name).backward())
             assert plan.flops == pytest.approx(counted, rel=1e-3), name
             assert plan.parameters == sum(p.numel() for p in getattr(measured, name).parameters())
+
+
+def test_muon_costs_what_is_counted():
+    config = load("fashion-mnist-32")
+    adamw = plan_stages(config, 1, CLASSES)
+    for stage in (config.train_tokenizer, config.train_transformer):
+        stage.optimizer = "muon"
+    one, three = (plan_stages(config, devices, CLASSES) for devices in (1, 3))
+    for plain, plan, devices in zip(adamw, one, three, strict=True):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = getattr(Measured(config, 1, False), plan.name)
+            optimizer = make_optimizer(model, plan.stage)
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            counted = count_flops(optimizer.step)
+            moments = sum(x.nbytes for state in optimizer.state.values() for x in state.values())
+        assert plan.flops - plain.flops == pytest.approx(counted, rel=1e-6) and counted > 0
+        assert devices.flops - plain.flops == pytest.approx(3 * counted, rel=1e-6)
+        assert plan.state_bytes() == pytest.approx(8 * plan.parameters + moments, rel=1e-3)
 
 
 def test_codes_encoded_on_the_way_cost_the_encoder():
