@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from numbers import Integral
@@ -24,6 +24,7 @@ from .generation import TokenGenerator
 from .image import ImageInput, to_model_input
 from .labels import ClassLabels, LabelNames
 from .sampling import check_sampling_arguments, draw_uniforms
+from .streaming import FrameStream
 from .tokenizer import SpectralTokenizer
 from .transformer import SpectralARTransformer
 
@@ -239,8 +240,9 @@ class SpectralARPipeline(DiffusionPipeline):
         Generates as `__call__` does, same arguments, and yields the images of the prefixes while they grow.
 
         There is an event for each token count that `every` divides, for the last one and, with `prefix_codes`, for
-        the prefix itself. A token goes through the decoder once; the frames are `decode(codes, [1, .., n])`.
-        Closing the iterator stops the computation.
+        the prefix itself. A token goes through the decoder once; the frames are `decode(codes, [1, .., n])`. The
+        first event comes at once; of small images, up to 8 later ones are made together, which is faster: tokens
+        behind the event's are then sampled already. Closing the iterator stops the computation.
 
         Raises:
             ValueError: at once, not at the first event, if an argument is out of range.
@@ -255,23 +257,36 @@ class SpectralARPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def _stream(self, run: _Run, every: int) -> Iterator[SpectralARStep]:
-        decoder = None
+        kind = run.output_type
+        frames = FrameStream(self.tokenizer, run.codes.shape[0], every, on_host=kind != "pt")
+
+        def steps(ready: Iterator[tuple[Tensor, Tensor]]) -> Generator[SpectralARStep, None, bool]:
+            """The events; returns whether one was answered with an interruption, after which there are no more."""
+            for codes, images in ready:
+                interrupted_before = self._interrupt
+                yield SpectralARStep(codes.shape[1], self._as_output(images, kind), codes)
+                if self._interrupt and not interrupted_before:
+                    return True
+            return False
+
         try:
             with closing(self._generate(run)) as tokens:
                 for codes, unchanged in tokens:
                     index = codes.shape[1]
-                    if decoder is not None and unchanged < decoder.length:
-                        decoder = None  # a callback has replaced tokens that are decoded already
                     ends = index in (run.prefix_length, run.codes.shape[1]) or self._interrupt
+                    if unchanged < frames.length:  # a callback has replaced tokens that a frame is made of
+                        if (yield from steps(frames.finish())):
+                            return
+                        frames.forget(unchanged)
                     if index % every and not ends:
                         continue
-                    images = codes
-                    if run.output_type != "latent":
-                        self._onload(self.tokenizer)
-                        decoder = decoder or self.tokenizer.prefix_decoder(codes.shape[0])
-                        decoder.append(codes[:, decoder.length :])
-                        images = self._to_output(decoder.frame(), run.output_type)
-                    yield SpectralARStep(index, images, codes)
+                    if kind == "latent":
+                        yield SpectralARStep(index, codes, codes)
+                        continue
+                    self._onload(self.tokenizer)
+                    if (yield from steps(frames.add(codes))):
+                        return
+                yield from steps(frames.finish())
         finally:
             self.maybe_free_model_hooks()
 
@@ -364,7 +379,10 @@ class SpectralARPipeline(DiffusionPipeline):
 
     def _to_output(self, x: Tensor, output_type: str) -> Images | list[list[Image.Image]]:
         """Images (..., C, H, H) in [-1, 1] as the caller wants them."""
-        x = (x / 2 + 0.5).clamp(0, 1)
+        return self._as_output((x / 2 + 0.5).clamp(0, 1), output_type)
+
+    def _as_output(self, x: Tensor, output_type: str) -> Images | list[list[Image.Image]]:
+        """The same of images in [0, 1]."""
         if output_type == "pt":
             return x
         array = x.movedim(-3, -1).float().cpu().numpy()  # (..., H, H, C)

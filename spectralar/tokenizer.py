@@ -194,8 +194,7 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         available = codes.shape[1]
         if num_tokens is None or isinstance(num_tokens, Integral):
             k = self._prefix_length(available if num_tokens is None else num_tokens, available)
-            kv = self._token_kv(self._embed(codes[:, :k]))
-            return self._render(kv, self._cutoff_tensor([k], codes.device).squeeze(0))[:, 0]
+            return self._decode_prefixes(self._token_kv(self._embed(codes[:, :k])), [k])[:, 0]
         if isinstance(num_tokens, Tensor):
             if num_tokens.shape != (codes.shape[0],):
                 raise ValueError(f"a tensor of prefix lengths must have shape ({codes.shape[0]},), one an image.")
@@ -203,19 +202,21 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
             lengths = num_tokens.to(codes.device).unsqueeze(1)  # (B, 1)
             return self.decode_latents(self.quantizer.lookup(codes[:, :largest]), lengths)[:, 0]
         largest = self._check_lengths(num_tokens, available)
-        return self._decode_prefixes(codes[:, :largest], list(num_tokens))
+        return self._decode_prefixes(self._token_kv(self._embed(codes[:, :largest])), num_tokens)
 
-    def _decode_prefixes(self, codes: Tensor, lengths: list[int]) -> Tensor:
-        """All images at S prefix lengths, some lengths at a time: codes (B, n) -> (B, S, C, H, H)."""
-        kv = self._token_kv(self._embed(codes))
-        rows = ROWS_AT_ONCE.get(codes.device.type, ROWS_AT_ONCE_ELSEWHERE)
-        count = max(1, rows // max(1, codes.shape[0] * self.num_patches))
+    def _decode_prefixes(self, kv: LayerKV, lengths: Sequence[int]) -> Tensor:
+        """Images (B, S, C, H, H) at S prefix lengths of tokens whose keys and values are known, some at a time."""
+        batch, device = kv[0][0].shape[0], kv[0][0].device
+        rows = ROWS_AT_ONCE.get(device.type, ROWS_AT_ONCE_ELSEWHERE)
+        count = max(1, rows // max(1, batch * self.num_patches))
         frames = []
         for some in (lengths[i : i + count] for i in range(0, len(lengths), count)):
-            seen = [(k[:, :, : max(some)], v[:, :, : max(some)]) for k, v in kv]
-            at = torch.tensor(some, device=codes.device)  # (s,)
-            visible = torch.arange(max(some), device=codes.device) < at[:, None]  # (s, max)
-            frames.append(self._render(seen, self._cutoff_tensor(some, codes.device), visible))
+            longest = max(some)
+            seen = [(k[:, :, :longest], v[:, :, :longest]) for k, v in kv]
+            visible = None
+            if len(some) > 1:
+                visible = torch.arange(longest, device=device) < torch.tensor(some, device=device)[:, None]  # (s, n)
+            frames.append(self._render(seen, self._cutoff_tensor(some, device), visible))
         return torch.cat(frames, dim=1)
 
     def decode_latents(self, quantized: Tensor, lengths: Tensor) -> Tensor:
@@ -247,41 +248,31 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         end = position + quantized.shape[1]
         return self.from_latent(quantized.to(self.from_latent.weight.dtype)) + self.token_position[position:end]
 
-    def _token_kv(self, x: Tensor) -> LayerKV:
-        """Runs spectral tokens x (B, n, D) through the decoder; their keys and values in every layer."""
+    def _token_kv(self, x: Tensor, cache: KVCache | None = None, position: int = 0) -> LayerKV:
+        """Runs spectral tokens x (B, n, D) through the decoder; their keys and values in every layer.
+
+        With a cache, x holds the tokens from `position` on and the pairs returned hold all tokens so far.
+        """
         pairs: LayerKV = []
         for layer in range(len(self.decoder)):
-            x, *pair = self._checkpointed(self._token_layer, layer, x)
+            x, *pair = self._checkpointed(self._token_layer, layer, x, cache, position)
             pairs.append(tuple(pair))
         return pairs
 
-    def _token_layer(self, layer: int, x: Tensor) -> tuple[Tensor, ...]:
+    def _token_layer(self, layer: int, x: Tensor, cache: KVCache | None, position: int) -> tuple[Tensor, ...]:
         """A decoder layer on spectral tokens (B, n, D): its output, and the keys and values in it."""
         block = self.decoder[layer]
         q, k, v = block.attn.qkv(block.norm1(x))
+        if cache is not None:
+            k, v = cache.write(layer, position, k, v)
         if layer + 1 == len(self.decoder):
             return x, k, v  # nobody reads what the last layer would make of the spectral tokens
-        x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, is_causal=True))
-        return x + block.mlp(block.norm2(x)), k, v
-
-    def _run_with_masks(self, x: Tensor, new: int, start: int, cache: KVCache) -> Tensor:
-        """T new spectral tokens and all mask tokens, x (B, T + P, D), through the decoder in one pass.
-
-        The tokens before `start` are in the cache, the new ones get there. Returns the mask tokens (B, P, D).
-        """
         mask = None
-        if new:
-            size = x.shape[1]
-            mask = torch.ones(size, start + size, dtype=torch.bool, device=x.device).tril(start)
-            mask[new:] = True  # mask tokens see everything, spectral tokens what is before them
-        for layer, block in enumerate(self.decoder):
-            q, k, v = block.attn.qkv(block.norm1(x))
-            k, v = cache.write(layer, start, k, v)  # (B, heads, start + T + P, head_dim)
-            if layer + 1 == len(self.decoder):
-                q, x, mask = q[:, :, new:], x[:, new:], None
-            x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-            x = x + block.mlp(block.norm2(x))
-        return x
+        if position > 0 and q.shape[2] > 1:  # several new tokens behind old ones: causal, shifted
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(position)
+        causal = mask is None and q.shape[2] > 1
+        x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
+        return x + block.mlp(block.norm2(x)), k, v
 
     def _render(self, kv: LayerKV, cutoffs: Tensor, visible: Tensor | None = None) -> Tensor:
         """Mask tokens look at spectral keys and values; cutoffs (), (S,) or (B, S) -> images (B, S, C, H, H).
@@ -362,10 +353,9 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
 
 
 class PrefixDecoder:
-    """Incremental decode: append codes as they arrive, ask for the image of the prefix so far at any time.
+    """Incremental decode: append codes as they arrive, ask for images of any prefix of those so far at any time.
 
-    Each spectral token passes through the decoder once, together with the mask tokens of the next frame: they share
-    the weights that are read. Mask tokens are run again for each frame.
+    Each spectral token passes through the decoder once; only mask tokens are run for a frame.
 
     Args:
         tokenizer: the tokenizer whose decoder runs.
@@ -377,13 +367,13 @@ class PrefixDecoder:
         self.batch_size = batch_size
         config = tokenizer.config
         self.length = 0
-        self._waiting: list[Tensor] = []
-        # [spectral tokens so far | mask tokens], the latter written over by each frame.
+        self._kv: LayerKV = []
         self._cache = KVCache(
-            config.decoder_layers, batch_size, config.num_heads, config.num_tokens + tokenizer.num_patches,
+            config.decoder_layers, batch_size, config.num_heads, config.num_tokens,
             config.hidden_size // config.num_heads, like=tokenizer.token_position,
         )  # fmt: skip
 
+    @torch.no_grad()
     def append(self, codes: Tensor) -> None:
         """Adds codes (B, T), int64, behind the ones so far; B is the decoder's batch size, and no more than N in all.
 
@@ -395,22 +385,22 @@ class PrefixDecoder:
                 f"codes must have shape ({batch}, T), T >= 1, and be no more than {limit} with the {self.length} "
                 f"before them; got {tuple(codes.shape)}."
             )
-        self._waiting.append(codes.clone())
+        tokens = self.tokenizer._embed(codes, self.length)
+        self._kv = self.tokenizer._token_kv(tokens, self._cache, self.length)
         self.length += codes.shape[1]
 
     @torch.no_grad()
-    def frame(self) -> Tensor:
-        """The image (B, C, H, H) of the prefix so far."""
+    def frames(self, lengths: Sequence[int]) -> Tensor:
+        """Images (B, S, C, H, H) of S prefixes; several in one call take less time than one by one.
+
+        Raises:
+            ValueError: if a length is not in 1..`self.length`.
+        """
         if not self.length:
             raise ValueError("append at least one code before asking for a frame.")
-        tokenizer = self.tokenizer
-        masks = tokenizer.mask_tokens.expand(self.batch_size, -1, -1)  # (B, P, D)
-        new = sum(codes.shape[1] for codes in self._waiting)
-        start = self.length - new
-        x = masks
-        if new:
-            codes = torch.cat(self._waiting, dim=1)  # (B, T)
-            self._waiting.clear()
-            x = torch.cat([tokenizer._embed(codes, start), masks], dim=1)  # (B, T + P, D)
-        x = tokenizer._run_with_masks(x, new, start, self._cache)
-        return low_pass(tokenizer._to_images(x), tokenizer.cutoffs[self.length - 1])
+        self.tokenizer._check_lengths(lengths, self.length)
+        return self.tokenizer._decode_prefixes(self._kv, lengths)
+
+    def frame(self) -> Tensor:
+        """The image (B, C, H, H) of the prefix so far."""
+        return self.frames([self.length])[:, 0]

@@ -8,6 +8,7 @@ import torch
 from diffusers.callbacks import PipelineCallback
 
 from spectralar import SpectralARPipeline
+from spectralar.streaming import LONGEST_WAIT
 from spectralar.tokenizer import PrefixDecoder
 from tests.helpers import record_steps, seed, sharing_weights, tiny_pipeline
 
@@ -157,7 +158,7 @@ def test_interruption_between_frames(pipe, steps, stop_at):
     for event in pipe.stream([1, 2], prefix_codes=[[4, 5, 6]]):
         seen.append(event.index)
         pipe._interrupt = event.index == stop_at
-    assert seen == list(range(3, stop_at + 1)) and len(steps) == stop_at - 3
+    assert seen == list(range(3, stop_at + 1)) and len(steps) in (stop_at - 3, 8)  # tokens of a group come before it
 
 
 def test_an_image_takes_one_token_at_least(pipe, monkeypatch):
@@ -228,18 +229,38 @@ def test_stream_output_types(pipe):
     assert torch.equal(last["latent"].images, last["np"].codes)
 
 
-def test_each_token_is_decoded_once(pipe, monkeypatch):
-    appended, rendered = [], []
-    append, frame = PrefixDecoder.append, PrefixDecoder.frame
-    monkeypatch.setattr(PrefixDecoder, "append", lambda self, c: (appended.append(c.shape[1]), append(self, c)))
-    monkeypatch.setattr(PrefixDecoder, "frame", lambda self: (rendered.append(1), frame(self))[1])
+@pytest.fixture
+def decoded(monkeypatch) -> list[tuple[int, list[int]]]:
+    """Number of tokens and prefix lengths of each call of the decoder from now on."""
+    seen = []
+    append, frames = PrefixDecoder.append, PrefixDecoder.frames
+
+    def record(self, lengths):
+        seen.append((self.length, list(lengths)))
+        return frames(self, lengths)
+
+    monkeypatch.setattr(PrefixDecoder, "append", lambda self, c: (seen.append(c.shape[1]), append(self, c)))
+    monkeypatch.setattr(PrefixDecoder, "frames", record)
+    return seen
+
+
+def test_each_token_is_decoded_once(pipe, decoded):
     list(pipe.stream(1))
-    assert appended == [1] * N and len(rendered) == N
-    appended.clear()
+    assert decoded == [1, (1, [1]), 8, (9, list(range(2, 10))), 3, (12, [10, 11, 12])]
+    decoded.clear()
     list(pipe.stream(1, every=5, prefix_codes=[[1, 2]]))
-    assert appended == [2, 3, 5, 2]
+    assert decoded == [2, (2, [2]), 3, (5, [5]), 5, (10, [10]), 2, (12, [12])]  # ten tokens are too long to wait
+    decoded.clear()
+    list(pipe.stream(1, every=3))
+    assert decoded == [3, (3, [3]), 6, (9, [6, 9]), 3, (12, [12])]
+    decoded.clear()
     list(pipe.stream(1, output_type="latent"))
-    assert appended == [2, 3, 5, 2]
+    assert not decoded
+
+
+def test_large_frames_are_decoded_one_by_one(pipe, decoded):
+    list(pipe.stream([1] * 9))  # of 16 mask tokens each
+    assert decoded == [entry for k in range(1, N + 1) for entry in (1, (k, [k]))]
 
 
 def test_closing_stops_the_computation(pipe, steps, freed):
@@ -248,7 +269,7 @@ def test_closing_stops_the_computation(pipe, steps, freed):
         for event in stream:
             if event.index == 3:
                 break
-    assert len(steps) == 3 and len(freed) == 1
+    assert len(steps) == 1 + LONGEST_WAIT < N and len(freed) == 1
     assert pipe(1, output_type="latent").codes.shape == (1, N)
 
 
