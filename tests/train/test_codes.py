@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from spectralar import SpectralTokenizer
-from tests.helpers import tiny_tokenizer
+from tests.helpers import tiny_tokenizer, tiny_transformer
 from train.codes import fingerprint, read_shards, shard_identity, write_shard
 from train.config import load_config
 from train.data import load_images, to_float
@@ -84,6 +84,7 @@ def test_fingerprint_is_of_shape_and_half_precision_weights():
         assert fingerprint(tokenizer) != own, name
         parameter.data.copy_(before)
     assert fingerprint(tokenizer) == own
+    assert fingerprint(tiny_transformer()) == fingerprint(tiny_transformer()) != fingerprint(tiny_transformer(seed=1))
 
 
 def test_a_model_saved_before_there_was_a_choice_of_quantizers_keeps_its_fingerprint(tmp_path):
