@@ -31,7 +31,7 @@ VIEWS = {  # width, height of what is shown at once, longest picture, theme
 # is drawn. The page opens with the subject of the first tab.
 SUBJECTS = {
     "generate": [(None, "#export-png:enabled")],
-    "reconstruct": [(("#photo-examples button", 2), "#reconstructed .chart:nth-child(4)")],
+    "reconstruct": [(("#photo-examples button", 2), "#reconstructed .chart:nth-child(4) b:text('cannot')")],
     "bands": [
         (("#bands-try button", 0), "#figure-contributions svg"),
         (("#measure-influence", 0), "#figure-influence svg"),

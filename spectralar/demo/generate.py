@@ -117,7 +117,7 @@ def build(model: Model) -> Linked:
             view = scrubber(
                 hint="Choose a class and generate: the images appear coarse and sharpen token by token.",
                 actions=[
-                    {"name": "more", "label": "More like image {image} from token {k}"},
+                    {"name": "more", "label": "More like image {image} from token {k}", "partial": True},
                     {"name": "save", "label": "Save image {image} as shown"},
                 ],
                 elem_id="generated",

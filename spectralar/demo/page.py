@@ -67,7 +67,8 @@ def _lay_out(demo: gr.Blocks, model: Model) -> None:
             with gr.Tab(tab.TITLE, id=slug, elem_id=f"tab-{slug}") as item:
                 tab_links, events = tab.build(model)
             links += tab_links
-            item.select(None, js=f"() => {{ ({write_script(['tab'])})('{slug}') }}")
+            # The slider's place, k, is that of the tab before.
+            item.select(None, js=f"() => {{ ({write_script(['tab', 'k'])})('{slug}', '') }}")
             components = [link.component for link in tab_links]
             if tab_links:
                 gr.on(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ..analysis import SSIM_WINDOW, baselines, prefix_bits, psnr, ssim, token_contributions
+from ..analysis import BASELINES, SSIM_WINDOW, baselines, prefix_bits, psnr, ssim, token_contributions
 from ..spectral import dct2, nested_targets
 from .model import Model, to_pixels
 from .pictures import ERROR_GAIN, error_map, log_spectrum, own_gains, signed_map
@@ -33,6 +34,12 @@ class Reconstruction:
         self.image, self.unedited = image, unedited
         self.codes = model.encode(image[None])[0] if codes is None else codes
         self.frames: Tensor = model.decode_prefixes(self.codes)  # (N, C, H, H), not clamped
+        self._bits = prefix_bits(model.num_tokens, model.codebook_size)
+
+    @cached_property
+    def coded(self) -> dict[str, list[Tensor | None]]:
+        """What plain codecs make of the image at the bits of each prefix length, see `analysis.baselines`."""
+        return baselines(self.image, self._bits) if self.unedited is None else self.unedited.coded
 
 
 def strips(model: Model, shown: Reconstruction) -> tuple[list[dict[str, Any]], list[str], Iterator[list[np.ndarray]]]:
@@ -79,15 +86,18 @@ def strips(model: Model, shown: Reconstruction) -> tuple[list[dict[str, Any]], l
     return groups, [f"{g:.2g}" for g in gain.flatten().tolist()], tiles()
 
 
-def quality(model: Model, shown: Reconstruction, codecs: dict[str, list[Tensor | None]]) -> list[dict[str, Any]]:
-    """PSNR and SSIM over the prefix length as charts of the scrubber; beside them what plain codecs make of the image.
+def quality(model: Model, shown: Reconstruction, codecs: bool = True) -> list[dict[str, Any]]:
+    """PSNR and SSIM over the prefix length as charts of the scrubber; beside them what plain codecs reach.
 
     Args:
         model: the model.
         shown: the image and its prefixes.
-        codecs: images (C, H, H) by the number of tokens whose bits they take, as of `analysis.baselines`; None where
-            a codec cannot go this low.
+        codecs: whether to wait for the plain codecs; without them their charts have empty places.
     """
+    if codecs:
+        coded, missing = shown.coded, "cannot go this low"
+    else:
+        coded, missing = dict.fromkeys(BASELINES, [None] * model.num_tokens), "…"
     image, frames = shown.image, shown.frames
     targets = nested_targets(image[None], model.cutoffs)[0]
     measures = [("PSNR", psnr, 99.9, {"unit": "dB", "digits": 1})]
@@ -105,15 +115,13 @@ def quality(model: Model, shown: Reconstruction, codecs: dict[str, list[Tensor |
             for name, values in measured.items()
         ]
         own.append(_with_range({"title": title, "missing": "exact", "series": series, **axis}))
-        coded = [
+        reached = [
             {"name": name, "values": [None if x is None else round(float(measure(x, image)), 4) for x in row]}
-            for name, row in codecs.items()
+            for name, row in coded.items()
         ]
         title = f"{title} of others at the same number of bits"
-        others.append(
-            _with_range({"title": title, "missing": "cannot go this low", "series": [series[0], *coded], **axis})
-        )
-    return [*own, *others] if codecs else own
+        others.append(_with_range({"title": title, "missing": missing, "series": [series[0], *reached], **axis}))
+    return [*own, *others]
 
 
 def _with_range(chart: dict[str, Any]) -> dict[str, Any]:
@@ -131,12 +139,11 @@ def scrubber_values(model: Model, shown: Reconstruction) -> Iterator[dict[str, A
     encoder = StripEncoder(model.num_tokens)
     value["frames"] = [encoder.encode(tile) for tile in tiles]
     value["codes"], value["gains"] = [[code] for code in shown.codes], gains
-    value["charts"] = quality(model, shown, {})
+    value["charts"] = quality(model, shown, codecs=edited)
     changed = sum(a != b for a, b in zip(shown.codes, shown.unedited.codes, strict=True)) if edited else 0
     value["status"] = (
         f"{changed} of {model.num_tokens} codes replaced; the fourth picture shows what moved" if edited else ""
     )
     yield value
     if not edited:
-        coded = baselines(shown.image, prefix_bits(model.num_tokens, model.codebook_size))
-        yield value | {"charts": quality(model, shown, coded)}
+        yield value | {"charts": quality(model, shown)}

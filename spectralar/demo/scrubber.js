@@ -13,6 +13,8 @@ let received = 0; // strips of the value that are decoded, or being
 let tiles = []; // {canvas, node, ofToken} in the strip's order
 let k = 0; // prefix length shown; 0: nothing yet
 let following = true; // stay at the newest frame
+let target = 0; // where to rest when all frames are there; 0: at the last
+let place = 0; // where the visitor has gone, for the page's address; 0: nowhere
 let chosen = 0; // index of the chosen picture
 let hovered = null; // token under the pointer
 let player = null; // animation frame of the player
@@ -39,7 +41,11 @@ async function decode(url, index, id) {
 }
 
 function rest() {
-  if (value.rest && following && !value.busy && newest() === value.cutoffs.length) moveTo(value.rest);
+  if (target && following && !value.busy && newest() === value.cutoffs.length) {
+    following = false;
+    show(target);
+    target = 0;
+  }
 }
 
 function newest() {
@@ -87,6 +93,9 @@ function begin(before, arrived) {
   const pictures = (v) => v.groups.flatMap((group) => group.captions).length;
   if (!keep || pictures(before) !== pictures(value)) bitmaps = [];
   following = !keep || k >= value.cutoffs.length;
+  const linked = linkedPlace();
+  target = linked || value.rest;
+  if (!keep) notePlace(linked);
   const count = value.groups[0].captions.length;
   if (!keep || chosen >= count) chosen = 0;
   const shape = (v) => v && JSON.stringify([v.groups, v.selectable]);
@@ -202,6 +211,31 @@ function moveTo(next) {
   next = Math.max(1, Math.min(next, last));
   following = next >= last;
   show(next);
+  notePlace(following ? 0 : k);
+}
+
+// The place stands in the page's address, as `k`, for the tab that is open: it is read once, for the first pictures, and
+// written when the slider has come to rest.
+const tab = element.closest('[id^="tab-"]')?.id.slice('tab-'.length);
+const openTab = () => new URLSearchParams(location.search).get('tab') || 'generate';
+window.spectralarPlace ??= Number(new URLSearchParams(location.search).get('k')) || 0;
+let noting = null;
+
+function linkedPlace() {
+  const linked = tab === openTab() ? window.spectralarPlace : 0;
+  if (linked) window.spectralarPlace = 0;
+  return linked;
+}
+
+function notePlace(next) {
+  place = next;
+  clearTimeout(noting);
+  noting = setTimeout(() => {
+    if (!window.spectralarOpened || tab !== openTab()) return;
+    const query = new URLSearchParams(location.search);
+    if (place) query.set('k', place); else query.delete('k');
+    history.replaceState(history.state, '', location.pathname + '?' + query + location.hash);
+  }, 400);
 }
 
 function figure(node, big, small) {
@@ -229,7 +263,7 @@ function refresh() {
     tile.node.setAttribute('aria-pressed', String(i === chosen && tiles.filter((t) => t.group === 0).length > 1));
   });
   for (const button of find('.actions').children) {
-    button.textContent = button.dataset.label.replace('{image}', chosen + 1).replace('{k}', ready ? k : '…');
+    button.textContent = button.dataset.label.replace('{image}', chosen + 1).replace('{k}', ready ? placeOf(button.dataset) : '…');
     button.disabled = !ready || value.busy;
   }
   [...find('.chips').children].forEach((chip, i) => {
@@ -247,7 +281,7 @@ function paintTrack() {
 
 function play() {
   if (player !== null) return stop();
-  if (k >= newest()) moveTo(1);
+  if (k >= newest()) show(1);
   following = false;
   let from = k, start = null;
   playButton.querySelector('path').setAttribute('d', ICONS.pause);
@@ -265,7 +299,10 @@ function play() {
 }
 
 function stop() {
-  if (player !== null) cancelAnimationFrame(player);
+  if (player !== null) {
+    cancelAnimationFrame(player);
+    notePlace(following ? 0 : k);
+  }
   player = null;
   playButton.querySelector('path').setAttribute('d', ICONS.play);
   playButton.setAttribute('aria-label', 'Play');
@@ -290,75 +327,6 @@ function drawChips() {
       chip.addEventListener(event, () => { hovered = token; paint(); });
     }
     chips.append(chip);
-  }
-}
-
-// ---------------------------------------------------------------------------------------------- charts
-
-let marks = []; // what moves with k: {line, values: [{node, series}], chart, x}
-let drawn = ''; // the charts that are drawn
-
-function drawCharts() {
-  const charts = value.charts, now = JSON.stringify(charts);
-  if (now === drawn) return;
-  drawn = now;
-  marks = [];
-  find('.charts').replaceChildren(...charts.map((chart) => {
-    const N = value.cutoffs.length, x = (i) => (N > 1 ? i / (N - 1) : 0.5);
-    const all = chart.series.flatMap((series) => series.values).filter((v) => v !== null);
-    let low = chart.low ?? Math.min(...all), high = chart.high ?? Math.max(...all);
-    if (!(high > low)) { low -= 1; high += 1; }
-    const box = make('div', 'chart'), plot = make('div', 'plot'), list = make('ul');
-    const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
-    svg.setAttribute('viewBox', '0 0 1 1');
-    svg.setAttribute('preserveAspectRatio', 'none');
-    svg.setAttribute('role', 'img');
-    svg.setAttribute('aria-label', chart.title);
-    const values = chart.series.map((series, s) => {
-      const path = document.createElementNS(svg.namespaceURI, 'path');
-      let d = '', pen = 'M';
-      series.values.forEach((v, i) => {
-        if (v === null) { pen = 'M'; return; }
-        d += pen + x(i).toFixed(4) + ' ' + (1 - (v - low) / (high - low)).toFixed(4);
-        pen = 'L';
-      });
-      path.setAttribute('d', d);
-      path.setAttribute('class', 's' + s);
-      svg.append(path);
-      const item = make('li'), node = make('b');
-      item.append(make('i', 's' + s), make('span', '', series.name), node);
-      list.append(item);
-      return { node, series };
-    });
-    const line = document.createElementNS(svg.namespaceURI, 'line');
-    line.setAttribute('y1', 0);
-    line.setAttribute('y2', 1);
-    svg.append(line);
-    const top = make('span', 'limit', high.toFixed(chart.digits)), bottom = make('span', 'limit', low.toFixed(chart.digits));
-    top.style.top = '2px';
-    bottom.style.bottom = '2px';
-    plot.append(svg, top, bottom);
-    const seek = (event) => {
-      const area = plot.getBoundingClientRect();
-      stop();
-      moveTo(1 + Math.round(((event.clientX - area.left) / area.width) * (N - 1)));
-    };
-    plot.addEventListener('pointerdown', seek);
-    plot.addEventListener('pointermove', (event) => { if (event.buttons) seek(event); });
-    box.append(make('h4', '', chart.title), plot, list);
-    marks.push({ line, values, chart, x });
-    return box;
-  }));
-}
-
-function markCharts() {
-  for (const { line, values, chart, x } of marks) {
-    line.setAttribute('x1', x(k - 1));
-    line.setAttribute('x2', x(k - 1));
-    for (const { node, series } of values) {
-      const v = series.values[k - 1];
-      node.textContent = v === undefined ? '' : v === null ? chart.missing : v.toFixed(chart.digits) + (chart.unit ? ' ' + chart.unit : '');
-    }
   }
 }
 
@@ -391,12 +359,17 @@ element.addEventListener('keydown', (event) => {
 for (const action of props.actions || []) {
   const button = make('button', '', action.label);
   button.type = 'button';
-  button.dataset.label = action.label;
+  Object.assign(button.dataset, action);
   button.addEventListener('click', () => {
     if (action.name === 'save') return save();
-    trigger('action', { name: action.name, image: chosen, k });
+    trigger('action', { name: action.name, image: chosen, k: placeOf(action) });
   });
   find('.actions').append(button);
+}
+
+// The prefix length an action is for: of what needs some tokens left, half of them where the slider is at the end.
+function placeOf(action) {
+  return action.partial && k >= value.cutoffs.length ? Math.ceil(k / 2) : k;
 }
 
 // The chosen picture as it is shown, in its own pixels.

@@ -21,11 +21,12 @@ from PIL import Image
 
 _FOLDER = Path(__file__).parent
 TEMPLATE = (_FOLDER / "scrubber.html").read_text(encoding="utf-8")
-SCRIPT = (_FOLDER / "scrubber.js").read_text(encoding="utf-8")
+SCRIPT = "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in ("charts.js", "scrubber.js"))
 CSS = (_FOLDER / "scrubber.css").read_text(encoding="utf-8")
 
 # A message with all strips must stay below 8 MB; base64 takes 4/3, the rest of the value little.
 MAX_TOTAL_BYTES = 5_500_000
+MAX_WIDTH = 16_383  # of WebP
 
 
 class StripEncoder:
@@ -41,11 +42,13 @@ class StripEncoder:
     def __init__(self, num_strips: int, max_total_bytes: int = MAX_TOTAL_BYTES) -> None:
         self.budget = max_total_bytes // num_strips
         self.lossless = True
-        self.reduction = 1
+        self.reduction = 1  # a power of two
 
     def encode(self, tiles: Sequence[np.ndarray] | np.ndarray) -> str:
         """Tiles, each (H, H) or (H, H, 3) uint8 -> a data URL of one strip, tiles from left to right."""
         strip = _strip(tiles)
+        while strip.width // self.reduction > MAX_WIDTH:
+            self.reduction *= 2
         while True:
             data = self._compress(strip)
             if len(data) <= self.budget or len(tiles[0]) // self.reduction <= 8:
@@ -124,7 +127,7 @@ def scrubber_value(
     }
 
 
-def scrubber(*, hint: str, elem_id: str, actions: Sequence[dict[str, str]] = ()) -> gr.HTML:
+def scrubber(*, hint: str, elem_id: str, actions: Sequence[dict[str, Any]] = ()) -> gr.HTML:
     """The component, for values of `scrubber_value`. (A function: Gradio writes a stub file for every subclass.)
 
     The custom event `action` fires when one of `actions` is clicked; its `gr.EventData` has `name`, `image` (index of
@@ -134,7 +137,8 @@ def scrubber(*, hint: str, elem_id: str, actions: Sequence[dict[str, str]] = ())
         hint: the sentence shown before there is anything to see.
         elem_id: id in the page.
         actions: {"name": ..., "label": ...} buttons; "{image}" and "{k}" in a label stand for the current numbers.
-            The name "save" saves the chosen picture as it is shown, without asking the server.
+            The name "save" saves the chosen picture as it is shown, without asking the server. With "partial": True
+            an action needs tokens after the k-th: at the slider's end its k is half of them.
     """
     # A prop must not be named as a string in the script: Gradio would take it for a custom event.
     return gr.HTML(

@@ -79,7 +79,7 @@ def reconstructing(generating, photo):
     """The same page on its Reconstruct tab, with a photo in it."""
     generating.get_by_role("tab", name="Reconstruct").click()
     generating.locator("#photo input[type=file]").set_input_files(photo)
-    expect(generating.locator("#reconstructed .chart")).to_have_count(4, timeout=PATIENCE)  # and plain codecs'
+    wait_for_codecs(generating)
     return generating
 
 
@@ -113,6 +113,11 @@ def pixels(tab, index=0, view="#generated"):
     """A picture as it stands on its canvas: (H, H, 3)."""
     url = tab.locator(f"{view} canvas").nth(index).evaluate("node => node.toDataURL('image/png')")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
+
+
+def wait_for_codecs(tab):
+    """Until the last of the charts of Reconstruct is complete."""
+    expect(tab.locator("#reconstructed .chart").nth(3)).to_contain_text("cannot go this low", timeout=PATIENCE)
 
 
 def move_slider(tab, k, view="#generated"):
@@ -232,6 +237,7 @@ def test_place_is_kept_while_frames_arrive(generating, page):
     page.allow()
     wait_until_done(generating)
     assert k_of(generating) == 2
+    expect(generating).to_have_url(re.compile("[?&]k=2"))
 
 
 def test_stop_keeps_what_is_there_and_stops_the_model(generating, page):
@@ -258,6 +264,9 @@ def test_more_like_this_keeps_the_first_tokens(generating, page):
     kept = pixels(generating, 1)
     more = generating.locator("#generated .actions button").first
     expect(more).to_have_text("More like image 2 from token 6")
+    move_slider(generating, 24)
+    expect(more).to_have_text("More like image 2 from token 12")  # all of them would leave nothing to sample
+    move_slider(generating, 6)
     run(generating, page, more)
     assert "prefix=" in generating.url
     move_slider(generating, 6)
@@ -377,9 +386,11 @@ def test_a_bad_upload_is_answered_in_a_sentence(reconstructing, tmp_path):
 
 def test_an_example_in_one_click_and_its_link(reconstructing, open_tab, page):
     reconstructing.locator("#photo-examples button").nth(2).click()
-    expect(reconstructing.locator(f"{VIEW} .chart")).to_have_count(4, timeout=PATIENCE)
+    wait_for_codecs(reconstructing)
     wait_for_k(reconstructing, 24, VIEW)
+    move_slider(reconstructing, 9, VIEW)
+    expect(reconstructing).to_have_url(re.compile("[?&]k=9"))
     assert "image=example%3Ashirt" in reconstructing.url
     other = open_tab(reconstructing.url.removeprefix(page.url))
-    wait_for_k(other, 24, VIEW)
+    wait_for_k(other, 9, VIEW)  # the link knows the slider's place
     np.testing.assert_array_equal(pixels(other, 2, VIEW), pixels(reconstructing, 2, VIEW))

@@ -45,6 +45,12 @@ def test_all_strips_stay_within_the_budget_whatever_the_size():
     assert decoded(encoder.encode(tiles)).height == 256 // encoder.reduction
 
 
+def test_a_strip_is_never_wider_than_webp_can_be():
+    tiles = np.zeros((16, 1024, 1024), np.uint8)
+    strip = decoded(StripEncoder(64).encode(tiles))
+    assert strip.size == (16 * 512, 512)
+
+
 def test_quality_falls_before_size_and_stays_down():
     encoder = StripEncoder(1, max_total_bytes=6000)
     assert decoded(encoder.encode(noise(1, 64, 64, 3))).height == 64

@@ -81,8 +81,14 @@ class ScriptServer:
         port = free_port() if processes > 1 else 0
         pids = []
         for rank in range(processes):
-            torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
-                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # what torchrun sets
+            torchrun = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": processes,
+                "LOCAL_WORLD_SIZE": processes,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }  # what torchrun sets
             env = {key: str(value) for key, value in torchrun.items()} if processes > 1 else {}
             request = {"script": script, "argv": [str(arg) for arg in argv], "env": env, "log": str(log)}
             pids.append(self.ask(**request, file_limit=file_limit)["pid"])

@@ -14,9 +14,7 @@ from train.config import load_config
 from train.data import load_images, to_float
 from train.encode_dataset import encode_images, encode_split, wanted_shards
 
-WANTED = {
-    f"train-{copy:03d}.safetensors": {"tokenizer": "0123456789abcdef", "seed": str(copy)} for copy in range(2)
-}
+WANTED = {f"train-{copy:03d}.safetensors": {"tokenizer": "0123456789abcdef", "seed": str(copy)} for copy in range(2)}
 
 
 @pytest.fixture

@@ -248,7 +248,7 @@ def test_slices_of_a_step_are_augmented_as_the_whole(names):
     for world in (2, 3):
         size = 12 // world
         parts = [
-            augment(images[rank * size:(rank + 1) * size], names, torch.Generator().manual_seed(5), rank, world)
+            augment(images[rank * size : (rank + 1) * size], names, torch.Generator().manual_seed(5), rank, world)
             for rank in range(world)
         ]
         assert torch.equal(torch.cat(parts), whole)
@@ -273,9 +273,7 @@ def test_flip_mirrors_half_of_the_images():
 def test_shift_moves_by_at_most_one_pixel_and_repeats_the_edge():
     image = random_images(1)
     padded = torch.nn.functional.pad(image.float(), (1, 1, 1, 1), mode="replicate").to(torch.uint8)
-    moves = {
-        (y - 1, x - 1): padded[0, :, 2 - y : 10 - y, 2 - x : 10 - x] for y in range(3) for x in range(3)
-    }
+    moves = {(y - 1, x - 1): padded[0, :, 2 - y : 10 - y, 2 - x : 10 - x] for y in range(3) for x in range(3)}
     shifted = augment(image.expand(900, -1, -1, -1), ["shift"], torch.Generator().manual_seed(0))
     found = {move: sum(torch.equal(a, expected) for a in shifted) for move, expected in moves.items()}
     assert sum(found.values()) == 900

@@ -172,8 +172,10 @@ def test_a_disk_that_does_not_take_the_images_is_done_without(cfg, monkeypatch, 
         usage = shutil.disk_usage("/")
         monkeypatch.setattr(decoding.shutil, "disk_usage", lambda _: usage._replace(free=100))
     elif refusal == "full":
+
         def full(_):
             raise OSError(28, "No space left on device")
+
         monkeypatch.setattr(decoding.os, "fsync", full)
     else:
         with open(cfg.cache, "w"):

@@ -94,9 +94,11 @@ def test_training_learns_and_its_log_is_complete(reference, stage):
     assert lines[-1][loss] < lines[0][loss]
     assert all(0 < line["time/data_share"] < 1 and line["time/images_per_second"] > 0 for line in lines)
     (last,) = [line for line in metrics(reference, stage) if "lr" not in line]
-    measured = {"tokenizer": {f"eval/psnr_{kind}{k}" for kind in ("", "low_pass_") for k in (1, 2, 4)}
-                             | {"eval/perplexity", "eval/usage"},
-                "transformer": {f"loss/{images}{k}" for images in ("seen", "heldout") for k in ("", "_1", "_2", "_4")}}
+    measured = {
+        "tokenizer": {f"eval/psnr_{kind}{k}" for kind in ("", "low_pass_") for k in (1, 2, 4)}
+        | {"eval/perplexity", "eval/usage"},
+        "transformer": {f"loss/{images}{k}" for images in ("seen", "heldout") for k in ("", "_1", "_2", "_4")},
+    }
     assert last.keys() == {"step"} | measured[stage]
     folder = reference / f"train_{stage}"
     assert {path.name for path in folder.iterdir()} == {
