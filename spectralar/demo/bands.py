@@ -126,37 +126,49 @@ class Analysis:
 
 
 class Influence:
-    """The influence matrix of a model, measured once for all visitors."""
+    """The influence matrix of a model, measured once for all visitors.
+
+    Where a visitor leaves in the middle, the next one who asks goes on from there.
+    """
 
     def __init__(self, model: Model, origins: Origins) -> None:
         self.model, self.origins = model, origins
         self.charts: dict[str, Chart] = {}
         self.marginals = ""  # what the other codes were drawn from
-        self._rows = on_gpu(self._measure)
+        self._rows: list[Tensor] = []  # measured so far
+        self._more: Iterator[Tensor] | None = None  # measures the others
+        self._measure = on_gpu(self._influence_steps)
 
     def steps(self) -> Iterator[tuple[float, str]]:
         """Measures, with the part done and a word on it; afterwards there is a chart."""
         if self.charts:
             return
+        if self._more is None:
+            yield 0.0, "Sampling images"
+            self._more = self._begin()
         n = self.model.num_tokens
+        try:
+            for row in self._more:
+                self._rows.append(row)
+                yield len(self._rows) / n, f"Token {len(self._rows)} of {n}"
+        except Exception:  # a generator that has failed has nothing more to give
+            self._rows, self._more = [], None
+            raise
+        self.charts["influence"] = plots.influence(torch.stack(self._rows), self.model.cutoffs)
+
+    def _begin(self) -> Iterator[Tensor]:
         statistics = model_statistics(self.model)
         count = INFLUENCE_IMAGES if statistics else MARGINAL_SAMPLES
-        yield 0.0, f"Sampling {count} images"
         num_classes = len(self.model.class_names)
         codes = torch.tensor(self.origins.codes([i * num_classes // count for i in range(count)], seed=0))
         if statistics:
-            marginals, origin = statistics.code_counts, "held-out images"
+            marginals, self.marginals = statistics.code_counts, "held-out images"
         else:
-            marginals, origin = code_marginals(codes, self.model.codebook_size), f"{count} sampled images"
+            marginals, self.marginals = code_marginals(codes, self.model.codebook_size), f"{count} sampled images"
         spread = torch.arange(INFLUENCE_IMAGES) * count // INFLUENCE_IMAGES
-        rows = []
-        for row in self._rows(codes[spread], marginals):
-            rows.append(row)
-            yield len(rows) / n, f"Token {len(rows)} of {n}"
-        self.marginals = origin
-        self.charts["influence"] = plots.influence(torch.stack(rows), self.model.cutoffs)
+        return self._measure(codes[spread], marginals)
 
-    def _measure(self, codes: Tensor, marginals: Tensor) -> Iterator[Tensor]:
+    def _influence_steps(self, codes: Tensor, marginals: Tensor) -> Iterator[Tensor]:
         codes = codes.to(self.model.pipe.device)
         yield from influence_steps(self.model.pipe.tokenizer, codes, marginals, INFLUENCE_DRAWS)
 
@@ -212,10 +224,11 @@ def build(model: Model) -> Linked:
         # All figures once more: a browser that is still putting up the tab may have missed one.
         yield {view: value, held: charts} | drawn
 
-    def draw_influence(progress: gr.Progress = gr.Progress()) -> dict[str, str]:  # noqa: B008  (Gradio's way)
+    def draw_influence(progress: gr.Progress = gr.Progress()) -> Iterator[Any]:  # noqa: B008  (Gradio's way)
         for part, description in influence.steps():
             progress(part, desc=description)
-        return shown(influence.charts["influence"])
+            yield gr.skip()  # only here can a visitor leave
+        yield shown(influence.charts["influence"])
 
     options = {"concurrency_id": "tokenizer", "concurrency_limit": 2, "api_visibility": "private"}
     picture.listen(analyse, [view, held, *(figures[name] for name in own)], show_progress="hidden", **options)

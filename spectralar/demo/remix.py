@@ -227,6 +227,15 @@ def _add_endpoints(model: Model) -> None:
         x = to_model_input(image, model.image_size, model.channels)
         return Picture(x[0], model.encode(x)[0])
 
+    @on_gpu
+    def variations(
+        class_id: int, count: int, guidance_scale: float, prefix: list[int], generator: torch.Generator
+    ) -> list[list[int]]:
+        return own_pipe(model)(
+            class_id, num_images_per_prompt=count, guidance_scale=guidance_scale, prefix_codes=[prefix],
+            generator=generator, output_type="latent",
+        ).codes.tolist()  # fmt: skip
+
     def mix(
         image_a: Image.Image | None, image_b: Image.Image | None, num_tokens: float
     ) -> tuple[Image.Image, dict[str, Any]]:
@@ -271,10 +280,7 @@ def _add_endpoints(model: Model) -> None:
             count = whole_number(count, "the number of variations", 1, MAX_IMAGES)
             generator = torch.Generator().manual_seed(whole_number(seed, "the seed", 0, MAX_SEED))
             class_id, prefix = model.label(class_label or ""), picture(image, "an image").codes[:k]
-            codes = own_pipe(model)(
-                class_id, num_images_per_prompt=count, guidance_scale=guidance_scale, prefix_codes=[prefix],
-                generator=generator, output_type="latent",
-            ).codes.tolist()  # fmt: skip
+            codes = variations(class_id, count, guidance_scale, prefix, generator)
         return sheet(model.decode(codes, [n])[:, 0]), {"codes": codes}
 
     with gr.Group(visible=False):

@@ -61,8 +61,17 @@ def test_influence_with_marginals_of_samples(model, monkeypatch):
     some = codes[:: MARGINAL_SAMPLES // INFLUENCE_IMAGES]
     expected = influence_matrix(model.pipe.tokenizer, some, code_marginals(codes, 32), INFLUENCE_DRAWS)
     torch.testing.assert_close(matrix_of(influence), expected, rtol=1e-5, atol=1e-7)
-    monkeypatch.setattr(influence, "_rows", lambda *arguments: pytest.fail("measured twice"))
+    monkeypatch.setattr(influence, "_measure", lambda *arguments: pytest.fail("measured twice"))
     assert list(influence.steps()) == []
+
+
+def test_influence_goes_on_where_a_visitor_has_left_it(model):
+    influence = Influence(model, Origins(model))
+    steps = influence.steps()
+    assert [next(steps)[1] for _ in range(5)][-1] == "Token 4 of 12"
+    steps.close()
+    assert [text for _, text in influence.steps()] == [f"Token {k} of 12" for k in range(5, 13)]
+    torch.testing.assert_close(matrix_of(influence), matrix_of(measured(model)), rtol=0, atol=0)
 
 
 def test_influence_with_marginals_of_held_out_images(model, tmp_path):

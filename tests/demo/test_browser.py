@@ -303,9 +303,16 @@ def test_a_link_opens_the_same_pictures(generating, open_tab, page):
     wait_until_done(other)
     for image in range(3):
         np.testing.assert_array_equal(pixels(generating, image), pixels(other, image))
-    # And a visitor who leaves stops the model.
+    # While one visitor's run is held, the other's pictures stay theirs, and scrub.
+    before = pixels(generating)
     start(other, page, 2, seed=8)
     steps = page.steps
+    assert k_of(generating) == 24 and k_of(other) == 2
+    move_slider(generating, 2)
+    assert k_of(generating) == 2 and not np.array_equal(pixels(generating), pixels(other))
+    move_slider(generating, 24)
+    np.testing.assert_array_equal(pixels(generating), before)
+    # And a visitor who leaves stops the model.
     other.close()
     time.sleep(1)
     page.allow()
