@@ -50,7 +50,8 @@ def draw_reconstructions(
     pipe: SpectralARPipeline, folder: Path, images: Tensor, labels: Tensor, codes: Tensor, lengths: list[int]
 ) -> None:
     """Prefixes of the first held-out image of each class, and the image (uint8) itself."""
-    classes = [c for c in shown_classes(len(pipe.class_names)) if (labels == c).any()]
+    present = labels.unique().tolist()
+    classes = [present[i] for i in shown_classes(len(present))]
     firsts = [int((labels == c).nonzero()[0]) for c in classes]
     frames = pipe.tokenizer.decode(codes[firsts].long().to(pipe.tokenizer.device), lengths).float().cpu()
     frames = torch.cat([frames, to_float(images[firsts]).unsqueeze(1)], dim=1)  # (rows, S + 1, C, H, H)

@@ -16,6 +16,7 @@ from spectralar.plots import LIGHT
 from spectralar.spectral import nested_targets
 from tests.helpers import tiny_pipeline
 from train import evaluate as program
+from train import pictures
 from train import sample_bank as bank
 from train.classifier import Classifier, load_classifier, save_classifier
 from train.config import load_config
@@ -353,6 +354,16 @@ def test_sheets_show_the_first_samples_of_each_class(evaluated, truth):
     assert sheet.shape == (top + 4 * (side + gap), left + 5 * (side + gap))
     expected = out.images[0, ..., 0].repeat(4, axis=0).repeat(4, axis=1) * 255
     assert np.abs(tile - expected).max() < 2
+
+
+def test_few_images_of_many_classes_are_shown_too(files, tmp_path):
+    """Three of a hundred classes, none of them among the ten that would be shown if all were there."""
+    pipe = tiny_pipeline(dtype=torch.float32, id2label=None, transformer={"num_classes": 100})
+    images, labels = torch.zeros(3, 1, 16, 16, dtype=torch.uint8), torch.tensor([13, 77, 77])
+    (tmp_path / "figures").mkdir()
+    with torch.no_grad():
+        pictures.draw_reconstructions(pipe, tmp_path, images, labels, pipe.tokenizer.encode(to_float(images)), [1, 12])
+    assert Image.open(tmp_path / "figures" / "reconstructions.png").size == (100 + 3 * 68, 24 + 2 * 68)
 
 
 # ------------------------------------------------------------------------------------------- the sample bank
