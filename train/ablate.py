@@ -249,7 +249,7 @@ def write_report(args: argparse.Namespace, config: Config, chosen: dict[str, dic
         if measured:
             parts += ["", f"## {title}", "", markdown(measured, lengths, NOTES.get(title, ""), title == "seeds")]
     write_text(args.output / "ablation.json", json.dumps(results, indent=1))
-    write_text(args.output / "ablation.md", "\n".join(parts))
+    write_text(args.output / "ablation.md", "\n".join(parts).rstrip() + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
