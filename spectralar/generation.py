@@ -44,6 +44,9 @@ class TokenGenerator:
         self.guidance_schedule = guidance_schedule
         self.filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self.codebook_sizes = codebook_sizes
+        # Guidance scale of each token: on the device, as all that a step reads, and as it was set last.
+        self._scales = torch.ones(transformer.config.num_tokens, dtype=_logits_dtype(transformer), device=codes.device)
+        self._scales_set = [1.0] * transformer.config.num_tokens
         self._conditioning: Conditioning | None = None
         self._cache: SamplingCache | None = None
 
@@ -54,26 +57,55 @@ class TokenGenerator:
     @torch.inference_mode()  # a tenth faster than no_grad; nothing that is made in here is handed out
     def sample(self, index: int, guidance_scale: float) -> None:
         """Samples token `index`, the first after those that are there; the scale may differ from token to token."""
-        logits = self._logits(index, guided=guidance_scale != 1)  # (B or 2B, K)
+        guided = guidance_scale != 1
+        w = guidance_at(index, self.transformer.config.num_tokens, guidance_scale, self.guidance_schedule)
+        if w != self._scales_set[index]:
+            self._scales[index] = self._scales_set[index] = w
+        if self._cache is None or (guided and self._conditioning.start.shape[0] == self.codes.shape[0]):
+            # The first token, or one after a change from outside: all tokens so far run at once.
+            self._begin(guided)
+            if index:
+                self._pick(index, self._run(self.codes[:, :index], 0))
+                return
+        self._step(index)
+
+    def _begin(self, guided: bool) -> None:
+        """Conditioning and an empty cache for B rows, or 2B with the unconditional ones."""
+        labels = self.class_labels
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, self.transformer.null_label)])  # (2B,)
+        self._conditioning = self.transformer.condition(labels)
+        self._cache = self._empty_cache(labels.shape[0])
+
+    def _empty_cache(self, rows: int) -> SamplingCache:
+        return self.transformer.make_cache(rows)
+
+    def _step(self, index: int) -> None:
+        """Token `index` from the one before it and the cache.
+
+        Reads and writes tensors at fixed addresses only and asks the device nothing: it can be captured once and
+        replayed. Python numbers in it are `index` and the filters.
+        """
+        self._pick(index, self._run(self.codes[:, index - 1 : index] if index else None, index))
+
+    def _run(self, tokens: Tensor | None, position: int) -> Tensor:
+        """Logits (B or 2B, K) of the token behind `tokens` (B, T), which are at `position` of the sequence."""
+        if tokens is not None:
+            tokens = tokens.repeat(self._conditioning.start.shape[0] // self.codes.shape[0], 1)  # (B or 2B, T)
+        return self.transformer.step(tokens, position, self._conditioning, self._cache)
+
+    def _pick(self, index: int, logits: Tensor) -> None:
+        """Guidance, filters, and the choice of token `index`."""
         if logits.shape[0] > self.codes.shape[0]:
             cond, uncond = logits.chunk(2)
-            w = guidance_at(index, self.transformer.config.num_tokens, guidance_scale, self.guidance_schedule)
-            logits = cond if w == 1 else guide(cond, uncond, w)
+            logits = guide(cond, uncond, self._scales[index])
         if self.codebook_sizes is not None:
             logits[:, self.codebook_sizes[index] :] = -torch.inf
         self.codes[:, index] = sample_tokens(logits, self.uniforms[:, index], **self.filters)
 
-    def _logits(self, index: int, guided: bool) -> Tensor:
-        batch = self.codes.shape[0]
-        if self._cache is None or (guided and self._conditioning.start.shape[0] == batch):
-            # The first token, or one after a change from outside: all tokens so far run at once.
-            labels = self.class_labels
-            if guided:
-                labels = torch.cat([labels, torch.full_like(labels, self.transformer.null_label)])  # (2B,)
-            self._conditioning = self.transformer.condition(labels)
-            self._cache = self.transformer.make_cache(labels.shape[0])
-            tokens, position = self.codes[:, :index], 0
-        else:
-            tokens, position = self.codes[:, index - 1 : index], index
-        tokens = tokens.repeat(self._conditioning.start.shape[0] // batch, 1)  # (B or 2B, T)
-        return self.transformer.step(tokens if tokens.shape[1] else None, position, self._conditioning, self._cache)
+    def close(self) -> None:
+        """To be called when no more tokens are wanted."""
+
+
+def _logits_dtype(transformer: SpectralARTransformer) -> torch.dtype:
+    return torch.promote_types(transformer.dtype, torch.float32)

@@ -10,6 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear of a few rows x (B, D) -> (B, D').
+
+    Two or three rows, one image with guidance, as W x^T on a CPU: BLAS then reads the weights at memory speed, 1.5 to
+    2.5 times as fast for widths of 512 and more. With more rows it is slower.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.float32 and 2 <= x.shape[0] <= 3:
+        return torch.addmm(bias.unsqueeze(1), weight, x.t()).t().contiguous()
+    return F.linear(x, weight, bias)
+
+
 class KVSlot(NamedTuple):
     """What one layer needs of the cache to run one token."""
 
@@ -176,16 +187,16 @@ def adaln_step(x: Tensor, p: StepParameters, modulation: Sequence[Tensor], slot:
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation
     width, (heads, _, head_dim) = x.shape[1:], slot.key.shape[1:]
     hidden = torch.addcmul(shift1, torch.layer_norm(x, width, eps=1e-6), scale1)
-    qkv = F.linear(hidden, p.qkv_weight, p.qkv_bias).view(-1, 3, heads, 1, head_dim)
+    qkv = linear(hidden, p.qkv_weight, p.qkv_bias).view(-1, 3, heads, 1, head_dim)
     # Values are normalised too, for nothing: one call is cheaper than two.
     q, k, _ = torch.layer_norm(qkv, (head_dim,), eps=1e-6).unbind(1)
     torch.mul(k, p.norm_k, out=slot.key)
     slot.value.copy_(qkv[:, 2])
     mixed = F.scaled_dot_product_attention(q * p.norm_q, slot.keys, slot.values)
-    x = torch.addcmul(x, gate1, F.linear(mixed.view(x.shape), p.out_weight, p.out_bias))
+    x = torch.addcmul(x, gate1, linear(mixed.view(x.shape), p.out_weight, p.out_bias))
     hidden = torch.addcmul(shift2, torch.layer_norm(x, width, eps=1e-6), scale2)
-    hidden = F.gelu(F.linear(hidden, p.up_weight, p.up_bias))
-    return torch.addcmul(x, gate2, F.linear(hidden, p.down_weight, p.down_bias))
+    hidden = F.gelu(linear(hidden, p.up_weight, p.up_bias))
+    return torch.addcmul(x, gate2, linear(hidden, p.down_weight, p.down_bias))
 
 
 def init_weights(module: nn.Module) -> None:

@@ -20,7 +20,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 from torch import Tensor
 
-from .generation import TokenGenerator
+from .cuda_graphs import token_generator
 from .image import ImageInput, to_model_input
 from .labels import ClassLabels, LabelNames
 from .sampling import check_sampling_arguments, draw_uniforms
@@ -297,11 +297,11 @@ class SpectralARPipeline(DiffusionPipeline):
         self._num_timesteps = total - start
         if start:
             yield run.codes[:, :start].clone(), 0
-        generator = TokenGenerator(
+        generator = token_generator(
             self.transformer, run.class_labels, run.codes, run.uniforms,
             codebook_sizes=self.tokenizer.quantizer.codebook_sizes, **run.sampling,
         )  # fmt: skip
-        with self.progress_bar(total=total - start) as bar:
+        with closing(generator), self.progress_bar(total=total - start) as bar:
             for index in range(start, total):
                 if self._interrupt and index > 0:  # an image takes one token at least
                     break

@@ -46,8 +46,8 @@ def guidance_curve(num_tokens: int, guidance_scale: float, schedule: str = "cons
 
 
 def guide(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance on logits: l_u + w (l_c - l_u) (Ho & Salimans, 2022)."""
-    return uncond + guidance_scale * (cond - uncond)
+    """Classifier-free guidance on logits: l_u + w (l_c - l_u) (Ho & Salimans, 2022); exactly l_c at 1, l_u at 0."""
+    return torch.lerp(uncond, cond, guidance_scale)
 
 
 # ------------------------------------------------------------------------------------------------ logits to tokens
@@ -89,14 +89,34 @@ def sample_tokens(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1:
+        logits = logits / temperature
     p = filter_logits(logits, top_k, top_p).softmax(dim=-1)
-    # A parallel cumsum is neither monotone nor flat over zeros to the last bit. Excluding p = 0 by name, and keeping
-    # the threshold below the largest value, makes sure that rounding never picks a token that was filtered out.
-    cdf = p.cumsum(dim=-1).masked_fill(p == 0, 0.0)  # (B, K)
-    total = cdf.amax(dim=-1, keepdim=True)  # (B, 1), 1 up to rounding
+    return inverse_cdf(p, uniforms, summed_in_order=p.device.type == "cpu")
+
+
+def inverse_cdf(p: Tensor, uniforms: Tensor, summed_in_order: bool) -> Tensor:
+    """The first token up to which the probabilities add up to more than u; never one of probability 0.
+
+    Args:
+        p: (B, K), of sum 1.
+        uniforms: (B,) in [0, 1).
+        summed_in_order: whether `cumsum` adds from left to right, as it does on a CPU. A parallel one is neither
+            monotone nor flat over zeros to the last bit; then tokens of probability 0 are excluded by name.
+
+    Returns:
+        (B,) int64.
+    """
+    cdf = p.cumsum(dim=-1)  # (B, K)
+    if not summed_in_order:
+        cdf = cdf.masked_fill(p == 0, 0.0)
+    total = cdf[:, -1:] if summed_in_order else cdf.amax(dim=-1, keepdim=True)  # (B, 1), 1 up to rounding
+    # Below the largest value also after rounding, or nothing would be above.
     threshold = torch.minimum(uniforms[:, None].to(cdf) * total, total * (1 - torch.finfo(cdf.dtype).eps))
-    return (cdf > threshold).to(torch.uint8).argmax(dim=-1)  # the first one above
+    if summed_in_order:  # by bisection, in a fifth of the time
+        return torch.searchsorted(cdf, threshold, right=True).squeeze(1)
+    return (cdf > threshold).to(torch.uint8).argmax(dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------ random numbers

@@ -10,7 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import AdaLNBlock, KVCache, adaln_step, init_weights
+from .layers import AdaLNBlock, KVCache, adaln_step, init_weights, linear
 
 # The paper's model (310M parameters, 64 tokens, ImageNet-1K); the size is VAR-d16's (Tian et al., 2024).
 PRESETS = {
@@ -166,13 +166,14 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
         """
         x = self._embed(tokens, position, conditioning)  # (B, T, D)
         if x.shape[1] > 1:
-            x = self._run(x, conditioning, cache)[:, -1]
-        else:
-            x = x[:, 0]
-            modulation = conditioning.blocks.flatten(1, 2).unbind(1)  # 6 L times (B, D)
-            for layer, (parameters, slot) in enumerate(zip(cache.parameters, cache.slots(position), strict=True)):
-                x = adaln_step(x, parameters, modulation[6 * layer : 6 * layer + 6], slot)
-        return self._logits(x.unsqueeze(1), conditioning)[:, 0]
+            return self._logits(self._run(x, conditioning, cache)[:, -1:], conditioning)[:, 0]
+        x = x[:, 0]  # (B, D)
+        modulation = conditioning.blocks.flatten(1, 2).unbind(1)  # 6 L times (B, D)
+        for layer, (parameters, slot) in enumerate(zip(cache.parameters, cache.slots(position), strict=True)):
+            x = adaln_step(x, parameters, modulation[6 * layer : 6 * layer + 6], slot)
+        shift, scale = conditioning.final.unbind(1)  # each (B, D)
+        x = torch.addcmul(shift, torch.layer_norm(x, x.shape[1:], eps=1e-6), scale)
+        return _at_least_float32(linear(x, self.head.weight, self.head.bias))
 
     # ------------------------------------------------------------------------------------------------ parts
 
@@ -197,4 +198,8 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
         """(B, T, D) -> (B, T, K), never below float32."""
         shift, scale = conditioning.final.unsqueeze(2).unbind(1)  # each (B, 1, D)
         logits = self.head(torch.addcmul(shift, self.final_norm(x), scale))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _at_least_float32(logits)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

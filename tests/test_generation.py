@@ -63,6 +63,16 @@ def test_tokens_are_those_of_full_passes(model, labels, uniforms, scale, schedul
     assert codes.unique().numel() > 5
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@torch.no_grad()
+def test_tokens_are_those_of_full_passes_in_float32(labels, uniforms, batch):
+    model, codes = tiny_transformer(), torch.zeros(batch, N, dtype=torch.int64)
+    labels, uniforms = labels[:batch], uniforms[:batch].float()
+    for scale in (1.0, 3.0):
+        expected = reference(model, labels, codes, uniforms, [scale] * N)
+        assert torch.equal(generate(TokenGenerator(model, labels, codes.clone(), uniforms), [scale] * N), expected)
+
+
 @torch.no_grad()
 def test_scale_may_change_from_token_to_token(model, labels, uniforms):
     scales = [1.0] * 4 + [3.0] * 4 + [1.0] * 4  # unconditional rows start late, and are not used at the end

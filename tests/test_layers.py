@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spectralar.layers import MLP, AdaLNBlock, Attention, Block, KVCache, adaln_step, init_weights
+from spectralar.layers import MLP, AdaLNBlock, Attention, Block, KVCache, adaln_step, init_weights, linear
 from tests.helpers import add_noise
 
 D, HEADS, T = 24, 3, 7
@@ -73,6 +73,15 @@ def test_qk_norm_bounds_the_logits(x):
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="hidden_size 24 must be a multiple of num_heads 5"):
         Attention(24, 5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_linear_of_few_rows_is_torchs(rows, dtype):
+    x, weight, bias = torch.randn(rows, 40).to(dtype), torch.randn(30, 40).to(dtype), torch.randn(30).to(dtype)
+    out = linear(x, weight, bias)
+    assert out.is_contiguous() and out.dtype == dtype
+    torch.testing.assert_close(out, F.linear(x, weight, bias))
 
 
 # MLP and blocks -------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from spectralar.sampling import (
     guidance_at,
     guidance_curve,
     guide,
+    inverse_cdf,
     sample_tokens,
 )
 
@@ -118,7 +119,14 @@ def test_parallel_cumsum_never_picks_a_token_that_is_out(monkeypatch):
     assert (out[:, 1:] & (cdf[:, 1:] > cdf[:, :-1])).any()  # else this would test nothing
     monkeypatch.setattr(torch.Tensor, "cumsum", parallel_scan)
     for uniforms in cdf.T:  # just where such a rise would be picked
-        assert not out.gather(1, sample_tokens(logits, uniforms)[:, None]).any()
+        tokens = inverse_cdf(logits.softmax(-1), uniforms, summed_in_order=False)
+        assert not out.gather(1, tokens[:, None]).any()
+
+
+def test_both_searches_find_the_same_token():
+    p = filter_logits(3 * torch.randn(500, 300), top_k=40).softmax(-1)
+    for uniforms in (torch.rand(500), torch.zeros(500), torch.full((500,), LARGEST_BELOW_ONE)):
+        assert inverse_cdf(p, uniforms, True).equal(inverse_cdf(p, uniforms, False))
 
 
 def test_one_possible_token_is_always_picked():
@@ -155,8 +163,9 @@ def test_guidance_ends_and_shapes():
 
 def test_guide_is_exact_at_its_fixed_points():
     cond, uncond = torch.randn(2, 3, 7, dtype=torch.float64).unbind(0)
-    assert torch.allclose(guide(cond, uncond, 1.0), cond, rtol=0, atol=1e-14)
-    assert guide(cond, uncond, 0.0).equal(uncond)
+    for one, zero in ((1.0, 0.0), torch.tensor([1.0, 0.0], dtype=torch.float64)):
+        assert guide(cond, uncond, one).equal(cond)
+        assert guide(cond, uncond, zero).equal(uncond)
     assert torch.allclose(guide(cond, uncond, 3.0), 3 * cond - 2 * uncond)
 
 

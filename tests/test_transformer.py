@@ -65,6 +65,19 @@ def test_cached_logits_equal_uncached_ones(prefix, shared_adaln):
     assert torch.allclose(torch.stack(steps, dim=1), expected[:, prefix:], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])  # two and three rows are multiplied in a way of their own
+@torch.no_grad()
+def test_cached_logits_in_float32(batch):
+    model = tiny_model(hidden_size=64).float()
+    codes, labels = torch.randint(K, (batch, N - 1)), torch.arange(batch)
+    conditioning, cache = model.condition(labels), model.make_cache(batch)
+    steps = [model.step(None, 0, conditioning, cache)]
+    steps += [model.step(codes[:, p - 1 : p], p, conditioning, cache) for p in range(1, N)]
+    expected = model(codes, labels)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(torch.stack(steps, dim=1), expected, rtol=0, atol=1e-4)
+
+
 @torch.no_grad()
 def test_cache_can_be_used_again():
     """What a longer sequence left in the cache behind the new end is never read."""
