@@ -272,7 +272,7 @@ def write_text(path: Path, text: str) -> None:
 def folder_name(settings: list[str]) -> str:
     """Of a run, by what it changes: equal settings are one run, whatever tables call it."""
     short = [setting.partition(".")[2] for setting in settings]
-    return re.sub(r"[^\w.=,]+", "-", "+".join(short)).strip("-") or "preset"
+    return re.sub(r"[^\w.=,+-]+", "", "+".join(short)) or "preset"
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:

@@ -142,8 +142,8 @@ def test_slices_of_a_batch_give_the_weight_of_the_whole():
 
 @needs_lite0
 def test_training_with_it_resumes_exactly_and_in_rounds(scripts, preset, tmp_path):
-    settings = ["train_tokenizer.perceptual=efficientnet-lite0", "train_tokenizer.log_every=1"]
-    settings += [f"train_tokenizer.{key}" for key in ("steps=5", "checkpoint_every=2", "quantize_from=2")]
+    settings = ["train_tokenizer.perceptual=efficientnet-lite0", "train_tokenizer.perceptual_size=32"]
+    settings += [f"train_tokenizer.{key}" for key in ("steps=5", "log_every=1", "checkpoint_every=2")]
     whole, halved, rounds = (tmp_path / name for name in ("whole", "halved", "rounds"))
 
     def run(output, *options):
