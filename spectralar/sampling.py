@@ -113,7 +113,7 @@ def inverse_cdf(p: Tensor, uniforms: Tensor, summed_in_order: bool) -> Tensor:
         cdf = cdf.masked_fill(p == 0, 0.0)
     total = cdf[:, -1:] if summed_in_order else cdf.amax(dim=-1, keepdim=True)  # (B, 1), 1 up to rounding
     # Below the largest value also after rounding, or nothing would be above.
-    threshold = torch.minimum(uniforms[:, None].to(cdf) * total, total * (1 - torch.finfo(cdf.dtype).eps))
+    threshold = total * uniforms[:, None].to(cdf).clamp(max=1 - torch.finfo(cdf.dtype).eps)
     if summed_in_order:  # by bisection, in a fifth of the time
         return torch.searchsorted(cdf, threshold, right=True).squeeze(1)
     return (cdf > threshold).to(torch.uint8).argmax(dim=-1)

@@ -164,10 +164,12 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
         Returns:
             (B, K) float32: logits of the token after the last one given.
         """
-        x = self._embed(tokens, position, conditioning)  # (B, T, D)
-        if x.shape[1] > 1:
-            return self._logits(self._run(x, conditioning, cache)[:, -1:], conditioning)[:, 0]
-        x = x[:, 0]  # (B, D)
+        if position == 0 and tokens is not None:
+            x = self._run(self._embed(tokens, 0, conditioning), conditioning, cache)  # (B, 1 + T, D)
+            return self._logits(x[:, -1:], conditioning)[:, 0]
+        # A single input. All of it in as few calls as it takes, as `adaln_step`.
+        x = conditioning.start if tokens is None else F.embedding(tokens[:, 0], self.token_embed.weight)  # (B, D)
+        x = x + self.position[position]
         modulation = conditioning.blocks.flatten(1, 2).unbind(1)  # 6 L times (B, D)
         for layer, (parameters, slot) in enumerate(zip(cache.parameters, cache.slots(position), strict=True)):
             x = adaln_step(x, parameters, modulation[6 * layer : 6 * layer + 6], slot)

@@ -10,7 +10,7 @@ import torch
 from spectralar import SpectralARTransformer
 from tests.helpers import tiny_pipeline, tiny_transformer
 from train.benchmark import __main__ as benchmark
-from train.benchmark import models, program
+from train.benchmark import models, program, suite
 from train.benchmark.measure import (
     Machine,
     Result,
@@ -127,6 +127,11 @@ def test_recomputing_gives_the_tokens_of_the_pipeline():
     assert torch.equal(recomputed, codes)
 
 
+def test_the_plain_loop_gives_the_tokens_of_the_pipeline():
+    pipeline = tiny_pipeline()
+    assert torch.equal(models.plain_sampler(pipeline, 3)(), models.sampler(pipeline, 3)())
+
+
 @torch.no_grad()
 def test_next_scale_sees_all_scales_so_far_and_its_own():
     transformer = tiny_transformer()
@@ -182,6 +187,7 @@ def toy_suite() -> Suite:
 
 def test_the_suite_runs_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(program, "REPEATS", 1)
+    monkeypatch.setattr(suite, "cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr(benchmark, "Suite", lambda device, **settings: Suite(device, True, TOY, TOY_LARGE, 0.0))
     monkeypatch.setattr(benchmark, "DEVICES", ("cpu",))
     output = tmp_path / "reports" / "benchmark.json"
@@ -207,6 +213,8 @@ def test_the_suite_runs_end_to_end(tmp_path, monkeypatch, capsys):
         ("encode", "toy, batch 64"): "images/s",
         ("all prefix frames", "toy"): "of their operations",
         ("streaming", "toy, batch 1"): "first image after",
+        ("all prefix frames, bfloat16", "toy"): "dB PSNR to float32's frames",
+        ("sampling, bfloat16", "toy, batch 1"): "",
         ("training step", "toy, transformer, batch 64"): "GFLOP a step",
         ("import", "spectralar"): "",
         ("page", "start to ready"): "",

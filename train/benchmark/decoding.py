@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from spectralar import SpectralTokenizer
+
 from .measure import Result, count_flops, faster, interleave, medians, share
 from .models import Shape, labels_of
 from .suite import Figure, Suite
@@ -15,6 +17,14 @@ TARGET_STREAMING = 1.1
 def figures(suite: Suite) -> list[Figure]:
     large_takes_minutes = "left out of the quick run" if suite.quick and suite.device.type == "cpu" else ""
     small, large = suite.small, suite.large
+    on_cpu = suite.device.type == "cpu"
+    no_bfloat16 = "" if suite.fast_bfloat16 else "this CPU has no instructions for bfloat16"
+    in_bfloat16 = [
+        Figure(
+            "all prefix frames, bfloat16", shape.name, lambda s=shape: bfloat16_prefixes(suite, s), no_bfloat16 or skip
+        )
+        for shape, skip in ((small, ""), (suite.large, large_takes_minutes))
+    ]
     return [
         Figure("encode", f"{small.name}, batch 1", lambda: encode(suite, small, 1)),
         Figure("encode", f"{small.name}, batch 64", lambda: encode(suite, small, 64)),
@@ -24,6 +34,7 @@ def figures(suite: Suite) -> list[Figure]:
         Figure("streaming", f"{small.name}, batch 1", lambda: streaming(suite, small, 1)),
         Figure("streaming", f"{small.name}, batch 4", lambda: streaming(suite, small, 4)),
         Figure("streaming", f"{large.name}, batch 1", lambda: streaming(suite, large, 1), large_takes_minutes),
+        *(in_bfloat16 if on_cpu else []),
     ]
 
 
@@ -49,11 +60,37 @@ def encode(suite: Suite, shape: Shape, batch: int) -> Result:
     )
 
 
+def random_codes(suite: Suite, tokenizer: SpectralTokenizer) -> torch.Tensor:
+    """(1, N), the same each time."""
+    n, codebook = tokenizer.config.num_tokens, tokenizer.config.codebook_size
+    return torch.randint(codebook, (1, n), generator=torch.Generator().manual_seed(0)).to(suite.device)
+
+
+def bfloat16_prefixes(suite: Suite, shape: Shape) -> Result:
+    """All N frames in one call, in half the bytes; the note says how far the images are from those in float32."""
+    plain, half = suite.models[shape].tokenizer, suite.models.of_type(shape, torch.bfloat16).tokenizer
+    codes, lengths = random_codes(suite, plain), list(range(1, plain.config.num_tokens + 1))
+    functions = {
+        "bfloat16": torch.no_grad()(lambda: half.decode(codes, lengths)),
+        "float32": torch.no_grad()(lambda: plain.decode(codes, lengths)),
+    }
+    samples = interleave(functions, suite.budget_s, suite.device)
+    time = {name: value * 1e3 for name, value in medians(samples).items()}
+    error = (functions["bfloat16"]().float() - functions["float32"]()) / 2  # on [0, 1]
+    psnr = -10 * error.square().mean(dim=(0, 2, 3, 4)).log10()  # (N,)
+    return Result(
+        time["bfloat16"],
+        f"ms for {len(lengths)} frames",
+        [faster(time["bfloat16"], "float32", time["float32"])],
+        note=f"at least {psnr.min():.0f} dB PSNR to float32's frames",
+        samples=samples,
+    )
+
+
 def all_prefixes(suite: Suite, shape: Shape) -> Result:
     """All N frames of an image in one call against N calls, each with its own k tokens."""
     tokenizer = suite.models[shape].tokenizer
-    n, codebook = tokenizer.config.num_tokens, tokenizer.config.codebook_size
-    codes = torch.randint(codebook, (1, n), generator=torch.Generator().manual_seed(0)).to(suite.device)
+    codes, n = random_codes(suite, tokenizer), tokenizer.config.num_tokens
     lengths = list(range(1, n + 1))
     functions = {
         "one call": torch.no_grad()(lambda: tokenizer.decode(codes, lengths)),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectralar import SpectralARPipeline, SpectralARTransformer, SpectralTokenizer
+from spectralar.generation import TokenGenerator
 from spectralar.layers import KVCache
 from spectralar.sampling import guide, sample_tokens
 from spectralar.transformer import PRESETS
@@ -95,12 +96,15 @@ class Models:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self._built: dict[str, SpectralARPipeline] = {}
+        self._built: dict[tuple[str, torch.dtype], SpectralARPipeline] = {}
 
     def __getitem__(self, shape: Shape) -> SpectralARPipeline:
-        key = repr(shape)
+        return self.of_type(shape, self.dtype)
+
+    def of_type(self, shape: Shape, dtype: torch.dtype) -> SpectralARPipeline:
+        key = repr(shape), dtype
         if key not in self._built:
-            self._built[key] = shape.build(self.device, self.dtype)
+            self._built[key] = shape.build(self.device, dtype)
         return self._built[key]
 
 
@@ -132,6 +136,23 @@ def sampler(pipeline: SpectralARPipeline, batch: int, guidance_scale: float = GU
     def sample() -> Tensor:
         generator = torch.Generator().manual_seed(0)
         return pipeline(labels, guidance_scale=guidance_scale, generator=generator, output_type="latent").codes
+
+    return sample
+
+
+def plain_sampler(pipeline: SpectralARPipeline, batch: int) -> Callable[[], Tensor]:
+    """The same token loop without CUDA graphs, in which operations can be counted."""
+    transformer = pipeline.transformer
+    n, device = transformer.config.num_tokens, transformer.device
+    labels = torch.tensor(labels_of(transformer, batch), device=device)
+
+    def sample() -> Tensor:
+        codes = torch.zeros(batch, n, dtype=torch.long, device=device)
+        uniforms = torch.rand(batch, n, generator=torch.Generator().manual_seed(0)).to(device)
+        generator = TokenGenerator(transformer, labels, codes, uniforms)
+        for index in range(n):
+            generator.sample(index, GUIDANCE)
+        return codes
 
     return sample
 

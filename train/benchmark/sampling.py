@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from .measure import Result, count_flops, faster, interleave, medians, rate
+import torch
+
+from .measure import Result, count_flops, faster, interleave, medians, rate, share
 from .models import (
     GUIDANCE,
     Shape,
     cache_traffic,
     llama_sampler,
     next_scale_sampler,
+    plain_sampler,
     recomputing_sampler,
     sampler,
     weights_read,
@@ -21,6 +24,7 @@ from .suite import Figure, Suite
 TARGET_CACHED = 4.0
 TARGETS_LLAMA = {"cpu": 4.0, "cuda": 3.0}
 TARGET_BANDWIDTH = 0.6
+TARGETS_FLOOR = {1: 3.5, 64: 2.0}  # times the floor, by batch size: of d16 on CUDA
 
 
 def figures(suite: Suite) -> list[Figure]:
@@ -41,7 +45,26 @@ def figures(suite: Suite) -> list[Figure]:
                 skip = "left out of the quick run"
             setting = f"{shape.name}, batch {batch}"
             found.append(Figure("sampling", setting, lambda s=shape, b=batch: against_others(suite, s, b), skip))
+    if on_cpu:  # on CUDA all is bfloat16
+        skip = "" if suite.fast_bfloat16 else "this CPU has no instructions for bfloat16"
+        for shape, batch in ((small, 1), (large, 1), (large, 4)):
+            setting = f"{shape.name}, batch {batch}"
+            found.append(
+                Figure("sampling, bfloat16", setting, lambda s=shape, b=batch: in_bfloat16(suite, s, b), skip)
+            )
     return found
+
+
+def in_bfloat16(suite: Suite, shape: Shape, batch: int) -> Result:
+    """Guided sampling with all weights and activations in half the bytes."""
+    functions = {
+        "bfloat16": sampler(suite.models.of_type(shape, torch.bfloat16), batch),
+        "float32": sampler(suite.models[shape], batch),
+    }
+    samples = interleave(functions, suite.budget_s, suite.device)
+    time = {name: value * 1e3 for name, value in medians(samples).items()}
+    comparison = faster(time["bfloat16"], "float32", time["float32"])
+    return Result(time["bfloat16"], "ms a batch", [comparison], samples=samples)
 
 
 def cached(suite: Suite, shape: Shape, batch: int) -> Result:
@@ -50,7 +73,8 @@ def cached(suite: Suite, shape: Shape, batch: int) -> Result:
     functions = {"cached": sampler(pipeline, batch), "recomputing": recomputing_sampler(pipeline, batch)}
     samples = interleave(functions, suite.budget_s, suite.device)
     time = medians(samples)
-    flops = {name: count_flops(function) for name, function in functions.items()}
+    counted = functions | {"cached": plain_sampler(pipeline, batch)}
+    flops = {name: count_flops(function) for name, function in counted.items()}
     return Result(
         time["cached"] * 1e3,
         "ms a batch",
@@ -81,6 +105,9 @@ def against_others(suite: Suite, shape: Shape, batch: int) -> Result:
     if with_llama:
         functions["static"] = llama_sampler(transformer, 2 * batch, "static")
         functions["dynamic"] = llama_sampler(transformer, 2 * batch, "dynamic")
+    on_cuda = suite.device.type == "cuda"
+    if on_cuda:
+        functions["no graphs"] = plain_sampler(pipeline, batch)
     with_next_scale = shape is suite.large and batch in (1, 64)
     if with_next_scale:
         functions["next-scale"] = next_scale_sampler(transformer, batch)
@@ -95,12 +122,16 @@ def against_others(suite: Suite, shape: Shape, batch: int) -> Result:
         comparisons.append(
             faster(time["spectral"], "next-scale schedule, 680 tokens in 10 steps", time["next-scale"], 1.0)
         )
-    flops = count_flops(functions["spectral"])
+    floor = sampling_floor(suite, pipeline, 2 * batch, count_flops(plain_sampler(pipeline, batch))) * 1e3
+    if on_cuda:
+        comparisons.append(faster(time["spectral"], "without CUDA graphs", time["no graphs"]))
+        if shape is suite.large and batch in TARGETS_FLOOR:
+            comparisons.append(share(time["spectral"], "the floor", floor, TARGETS_FLOOR[batch]))
     return Result(
         time["spectral"],
         "ms a batch",
         comparisons,
-        floor=sampling_floor(suite, pipeline, 2 * batch, flops) * 1e3,
+        floor=floor,
         note=f"{1e3 * batch / time['spectral']:.2f} images/s" + ("" if with_llama else "; no transformers, no Llama"),
         samples=samples,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .measure import Machine, Result, not_measured
+from .measure import Machine, Result, cpu_has_bfloat16, not_measured
 from .models import Models, Shape, d16, embedded
 
 
@@ -35,9 +35,15 @@ class Suite:
     def __post_init__(self) -> None:
         on_cpu = self.device.type == "cpu"
         self.small = self.small or embedded()
-        self.large = self.large or (d16(num_layers=4) if self.quick and on_cpu else d16())
+        self.large = self.large or (d16(num_layers=2) if self.quick and on_cpu else d16())
         self.models = Models(self.device, torch.float32 if on_cpu else torch.bfloat16)
         self.machine = Machine(self.device, self.models.dtype)
+
+
+    @property
+    def fast_bfloat16(self) -> bool:
+        """Whether bfloat16 can pay: many CPUs have no instructions for it."""
+        return self.device.type != "cpu" or cpu_has_bfloat16()
 
 
 @dataclass(frozen=True)
