@@ -234,7 +234,7 @@ class CodebookRevival:
                 picks.append(candidates[torch.randint(candidates.numel(), (), generator=generator)])
             chosen = pool[torch.stack(picks).to(pool.device)]
         codebook = self.quantizer.codebook
-        codebook.data[dead.to(codebook.device)] = F.normalize(chosen, dim=-1).to(codebook)
+        _set_rows(codebook, dead.to(codebook.device), F.normalize(chosen, dim=-1))
         self.idle_steps[dead] = 0
         return dead.numel()
 
@@ -252,7 +252,7 @@ class CodebookRevival:
         order = torch.cat([torch.randperm(len(pool), generator=generator) for _ in range(rounds)])
         noise = 0.01 * torch.randn(codebook.shape, generator=generator)
         chosen = pool[order[: len(codebook)].to(pool.device)] + noise.to(pool.device)
-        codebook.data.copy_(F.normalize(chosen, dim=-1))
+        _set_rows(codebook, torch.arange(len(codebook), device=codebook.device), F.normalize(chosen, dim=-1))
         self.idle_steps.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -260,6 +260,17 @@ class CodebookRevival:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.idle_steps = state["idle_steps"].clone()
+
+
+def _set_rows(codebook: nn.Parameter, rows: Tensor, values: Tensor) -> None:
+    """codebook[rows] = values; of a codebook in shards (FSDP) every process sets its own."""
+    if not hasattr(codebook, "full_tensor"):
+        codebook.data[rows] = values.to(codebook)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    full = codebook.full_tensor().index_copy(0, rows, values.to(codebook.dtype))
+    codebook.copy_(distribute_tensor(full, codebook.device_mesh, codebook.placements, src_data_rank=None))
 
 
 def _gather(x: Tensor) -> Tensor:

@@ -119,6 +119,7 @@ class TokenizerStage(StageConfig):
     """Stage 1: nested reconstruction."""
 
     init_from: str = ""  # folder of a tokenizer of the same shape to start from; "" = random weights
+    fsdp: bool = False  # weights, gradients, moments, averages in shards, one a process, not a copy in each
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: memory for a third more work
     quantizer_weight: float = 0.1  # weight of the codebook + commitment loss
     commitment: float = 0.25  # weight of the commitment part in it
@@ -145,6 +146,7 @@ class TokenizerStage(StageConfig):
 class TransformerStage(StageConfig):
     """Stage 2: next-token prediction."""
 
+    fsdp: bool = False  # weights, gradients, moments, averages in shards, one a process, not a copy in each
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: memory for a third more work
     label_dropout: float = 0.1  # probability of the null class, for classifier-free guidance
     codes: str = "stored"  # "stored" = what encode_dataset wrote; "on-the-fly" = encode at each step, augmented

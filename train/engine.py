@@ -12,8 +12,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -28,6 +28,8 @@ from tqdm import tqdm
 from .checkpoints import Checkpoints
 from .config import Config, StageConfig, config_to_dict, save_config
 from .data import ImageSet, Prefetch, step_indices
+from .optimizers import make_optimizer
+from .sharding import ShardedAverage, averaged_copy, is_sharded, shard, shard_state, whole
 
 STOP_EVERY = 10  # steps between the questions whether another process wants to stop: each one waits for the device
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -48,7 +50,8 @@ def learning_rate(step: int, stage: StageConfig) -> float:
 
 def make_ema(parameters: list[nn.Parameter], decay: float) -> EMAModel:
     """Exponential moving average of the weights; the decay of step s is min(decay, s / (9 + s)), 0 at the first."""
-    return EMAModel(parameters, decay=decay)
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in parameters)
+    return (ShardedAverage if sharded else EMAModel)(parameters, decay=decay)
 
 
 # ------------------------------------------------------------------------------------------------ a run
@@ -114,8 +117,8 @@ class Run:
         self.is_main = self.accelerator.is_main_process
         if self.accelerator.distributed_type in SHARDED:
             self.exit(
-                f"{self.accelerator.distributed_type.value} is not supported, since averaging, revival and measuring "
-                "need the whole model in every process: launch with plain data parallelism."
+                f"{self.accelerator.distributed_type.value} is not supported as accelerate configures it: launch with "
+                "plain data parallelism, and set train_tokenizer.fsdp or train_transformer.fsdp for shards."
             )
         slices = self.accelerator.num_processes * stage.grad_accumulation
         if stage.batch_size % slices:
@@ -184,6 +187,26 @@ class Run:
             mine = chosen[slot * self.micro_batch : (slot + 1) * self.micro_batch]
             yield mine, slot, self.stage.batch_size // self.micro_batch
 
+    def prepare(self, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """A model, equal on all processes, with its optimiser: copied to each of them, or in shards (FSDP)."""
+        if not getattr(self.stage, "fsdp", False) or self.accelerator.num_processes == 1:
+            return self.accelerator.prepare(model, make_optimizer(model, self.stage))
+        shard(model, self.accelerator.device, self.accelerator.num_processes)
+        optimizer = make_optimizer(model, self.stage)
+        shard_state(optimizer)
+        model = self.accelerator.prepare_model(model, evaluation_mode=True)  # as it is, not wrapped for DDP
+        return model, self.accelerator.prepare_optimizer(optimizer)
+
+    @contextmanager
+    def accumulation(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """A round of a step. Processes exchange gradients in the last one only."""
+        if is_sharded(model):
+            model.set_requires_gradient_sync(last)
+            yield
+        else:
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                yield
+
     def prefetch(self, data: ImageSet) -> Prefetch:
         """Of a step, its images (b, C, H, H) by the number of the slice, on the way while another step is trained."""
         pin = self.accelerator.device.type == "cuda"
@@ -206,7 +229,7 @@ class Run:
         """Clips, sets the step's learning rate, steps and clears; the gradient norm before clipping."""
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, self.stage)
-        norm = self.accelerator.clip_grad_norm_(parameters, self.stage.grad_clip or math.inf)
+        norm = whole(self.accelerator.clip_grad_norm_(parameters, self.stage.grad_clip or math.inf))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # Under fp16 the gradient scaler skips steps of infinite gradients: part of its search for a scale.
@@ -235,12 +258,18 @@ class Run:
             )
 
     @contextmanager
-    def averaged(self, ema: EMAModel, parameters: list[nn.Parameter]) -> Iterator[None]:
-        """The averaged weights in place of the trained ones, and the clock of the steps halted."""
+    def averaged(self, model: nn.Module, ema: EMAModel, parameters: list[nn.Parameter]) -> Iterator[nn.Module]:
+        """The model with averaged weights in place of the trained ones, and the clock of the steps halted.
+
+        It is the model itself, or a whole copy if that is in shards. Called by all processes.
+        """
         with self.clock.pause():
+            if is_sharded(model):
+                yield averaged_copy(model, ema, parameters)
+                return
             ema.store(parameters)
             ema.copy_to(parameters)
-            yield
+            yield model
             ema.restore(parameters)
 
     # -------------------------------------------------------------------------------------------- logging
@@ -353,8 +382,10 @@ class Run:
             with self.clock.pause():
                 self.checkpoints.save(done, self._identity)
 
-    def finish(self, done: int, early: bool = False) -> bool:
+    def finish(self, done: int, early: bool = False, deliver: Callable[[], None] | None = None) -> bool:
         """Saves, says how the run ended; True when all steps are done, or as many as are wanted.
+
+        deliver: what is to be made then, called by all processes while they can still exchange something.
 
         Raises:
             SystemExit: after a signal, with the exit code a shell expects: what was to come next must not.
@@ -368,6 +399,8 @@ class Run:
         elif complete:
             minutes = (time.monotonic() - self._started) / 60
             self.print(f"Finished: {done} steps, {minutes:.1f} minutes since the last start.")
+            if deliver:
+                deliver()
         else:
             self.print(f"Stopped at step {done} of {self.stage.steps}: {self._stop_reason}. The same command goes on.")
         self.accelerator.end_training()

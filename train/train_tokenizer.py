@@ -14,7 +14,6 @@ of D_N (`train.adversarial`), each at a weight that follows its gradient (`losse
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from .data import ImageSet, augment, to_float
 from .encode_dataset import load_tokenizer
 from .engine import Run, evenly, image_grid, make_ema
 from .losses import PerceptualTerm
-from .optimizers import make_optimizer
 
 REVIVAL_EVERY = 10  # steps between looks for dead codes: each look waits for the device
 EVAL_IMAGES, SHOWN_IMAGES = 1024, 10
@@ -144,8 +142,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     tokenizer = make_tokenizer(run, config)
     if stage.gradient_checkpointing:
         tokenizer.enable_gradient_checkpointing()
-    optimizer = make_optimizer(tokenizer, stage)
-    model, optimizer = accelerator.prepare(tokenizer, optimizer)
+    model, optimizer = run.prepare(tokenizer)
     forward = torch.compile(model) if stage.compile else model
     averaged = averaged_parameters(tokenizer)
     ema = make_ema(averaged, stage.ema_decay)
@@ -181,7 +178,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
                 own = lengths[slot * run.micro_batch : (slot + 1) * run.micro_batch]
                 mine = run.to_device(own)
             synchronise = part + 1 == stage.grad_accumulation
-            with nullcontext() if synchronise else accelerator.no_sync(model):
+            with run.accumulation(model, synchronise):
                 with accelerator.autocast():
                     frames, quantized, latents = forward(x, mine, quantize)
                 losses = nested_loss(frames, x, mine, cutoffs, stage.prefix_weight, stage.largest_boost)
@@ -213,26 +210,29 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
             values |= {f"{name}_weight": float(term.share.weight) for name, term in terms.items()}
             run.log_step(values, done)
             revived = 0
-        measure, show = run.due(stage.eval_every, done), run.due(stage.sample_every, done) and run.is_main
+        measure, show = run.due(stage.eval_every, done), run.due(stage.sample_every, done)
         if measure or show:
-            with run.averaged(ema, averaged):
+            with run.averaged(tokenizer, ema, averaged) as measured:
                 if measure:
-                    values = evaluate(tokenizer, eval_images, device)
+                    values = evaluate(measured, eval_images, device)
                     run.log(values, done)
                     shown = {k[5:]: v for k, v in values.items() if "low_pass" not in k}
                     run.print(f"step {done}: " + ", ".join(f"{k} {v:.2f}" for k, v in shown.items()))
-                if show:
+                if show and run.is_main:
                     shown = eval_images[evenly(len(eval_images), SHOWN_IMAGES)]
-                    run.log_images("reconstruction", sample_grid(tokenizer, shown, device), done)
+                    run.log_images("reconstruction", sample_grid(measured, shown, device), done)
         if done % stage.checkpoint_every == 0:
             run.save(done)
 
-    if run.finish(done) and run.is_main:
-        ema.copy_to(averaged)
-        folder = run.args.output / "tokenizer"
-        # Half precision is what ships, so it is what stage 2 must learn from.
-        publish(folder, tokenizer.half().save_pretrained)
-        run.print(f"Tokenizer in {folder}.")
+    def deliver() -> None:
+        with run.averaged(tokenizer, ema, averaged) as final:
+            folder = run.args.output / "tokenizer"
+            if run.is_main:
+                # Half precision is what ships, so it is what stage 2 must learn from.
+                publish(folder, final.half().save_pretrained)
+            run.print(f"Tokenizer in {folder}.")
+
+    run.finish(done, deliver=deliver)
 
 
 def main(argv: list[str] | None = None) -> None:

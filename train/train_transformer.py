@@ -9,7 +9,6 @@ guidance. The finished pipeline, tokenizer included, is written to OUTPUT/pipeli
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
@@ -28,7 +27,6 @@ from .data import ImageSet, augment, to_float
 from .early_stopping import EarlyStopping
 from .encode_dataset import encode_images, load_tokenizer, wanted_shards
 from .engine import Run, evenly, image_grid, make_ema
-from .optimizers import make_optimizer
 
 EVAL_IMAGES = 2048
 SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_GUIDANCE = 10, 8, 2.0
@@ -152,8 +150,7 @@ def train(run: Run, config: Config) -> None:
     )
     if stage.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    optimizer = make_optimizer(transformer, stage)
-    model, optimizer = accelerator.prepare(transformer, optimizer)
+    model, optimizer = run.prepare(transformer)
     model.train()
     forward = torch.compile(model) if stage.compile else model
     parameters = list(transformer.parameters())
@@ -174,7 +171,7 @@ def train(run: Run, config: Config) -> None:
         for part, (chosen, slot, slots) in enumerate(run.micro_batches(len(source), step)):
             codes, labels = source.batch(chosen, slot, slots, step)
             synchronise = part + 1 == stage.grad_accumulation
-            with nullcontext() if synchronise else accelerator.no_sync(model):
+            with run.accumulation(model, synchronise):
                 with accelerator.autocast():
                     logits = forward(codes[:, :-1], labels)
                 loss = next_token_loss(logits, codes)
@@ -188,31 +185,34 @@ def train(run: Run, config: Config) -> None:
             by_position = run.mean(by_position)
             values = summarise(by_position, "loss/train")
             run.log_step(values | {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}, done)
-        measure, show = run.due(stage.eval_every, done), run.due(stage.sample_every, done) and run.is_main
+        measure, show = run.due(stage.eval_every, done), run.due(stage.sample_every, done)
         if measure or show:
-            with run.averaged(ema, parameters):
+            with run.averaged(transformer, ema, parameters) as measured:
                 if measure:
-                    seen, heldout = (evaluate(transformer, *s, device) for s in (source.seen, source.heldout))
+                    seen, heldout = (evaluate(measured, *s, device) for s in (source.seen, source.heldout))
                     run.log(summarise(seen, "loss/seen") | summarise(heldout, "loss/heldout"), done)
                     run.print(f"step {done}: {compare(seen, heldout)}")
-                    stopping.update(float(run.mean(heldout.mean())), parameters, done)
-                if show:
-                    pipeline = make_pipeline(tokenizer, transformer, source.class_names)
+                    stopping.update(float(run.mean(heldout.mean())), list(measured.parameters()), done)
+                if show and run.is_main:
+                    pipeline = make_pipeline(tokenizer, measured, source.class_names)
                     run.log_images("samples", sample_grid(pipeline, stage.seed), done)
         if done % stage.checkpoint_every == 0:
             run.save(done)
         if stopping.over:
             break
 
-    if run.finish(done, early=stopping.over) and run.is_main:
-        ema.copy_to(parameters)
-        if stopping.patience:
-            stopping.copy_to(parameters)
-            run.print(f"Weights of step {stopping.step}, of the lowest held-out loss, {stopping.lowest:.4f}.")
-        pipeline = make_pipeline(tokenizer.half(), transformer.half(), source.class_names)
-        folder = run.args.output / "pipeline"
-        publish(folder, pipeline.save_pretrained)
-        run.print(f"Pipeline in {folder}.")
+    def deliver() -> None:
+        with run.averaged(transformer, ema, parameters) as final:
+            if stopping.patience:
+                stopping.copy_to(list(final.parameters()))
+                run.print(f"Weights of step {stopping.step}, of the lowest held-out loss, {stopping.lowest:.4f}.")
+            folder = run.args.output / "pipeline"
+            if run.is_main:
+                pipeline = make_pipeline(tokenizer.half(), final.half(), source.class_names)
+                publish(folder, pipeline.save_pretrained)
+            run.print(f"Pipeline in {folder}.")
+
+    run.finish(done, early=stopping.over, deliver=deliver)
 
 
 def main(argv: list[str] | None = None) -> None:
