@@ -316,6 +316,9 @@ def test_report_has_every_number_that_it_depends_on_and_every_figure(evaluated, 
         cells = [(m["fd"], m["errors"]["fd"], 3), (m["sfd"], m["errors"]["sfd"], 3)]
         fd, sfd = (f"{value:.{digits}f} ± {1.96 * error:.{digits}f}" for value, error, digits in cells)
         assert f"| {SAMPLES} | {fd} | {sfd} |" in text and f"| {100 * m['accuracy']:.2f} ± " in text
+    best = next(m for m in results["samples"] if m["guidance_scale"] == results["best_guidance_scale"])
+    ratio = best["judged"]["classifier"]["accuracy"] / results["references"]["heldout"]["classifier"]["accuracy"]
+    assert f"samples at the best guidance scale have {100 * ratio:.1f} %" in text
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):  # every row as long as its head
         assert len({line.count("|") for line in block.splitlines()}) == 1
     linked = re.findall(r"\]\((figures/.*?)\)", text)
