@@ -42,7 +42,7 @@ class VectorQuantizer(nn.Module):
 
     Attributes:
         rotation_trick: the gradient that latents get is that of the quantized vectors, turned by the rotation which
-            turns a latent into its entry (Fifty et al. 2024, section 4), instead of the same one (straight through).
+            turns a latent into its entry (Fifty et al. 2024), instead of the same one (straight through).
             Of training only; no value depends on it.
 
     Raises:
@@ -104,7 +104,7 @@ class VectorQuantizer(nn.Module):
 def rotate(unit: Tensor, entries: Tensor) -> Tensor:
     """R unit = entries, for unit vectors (..., d): R, a constant for gradients, turns in the plane of the two.
 
-    R = 1 - 2 r r^T + 2 q e^T with e = unit, q = entries, r = (e + q) / |e + q| (Fifty et al. 2024, equation 4).
+    R = 1 - 2 r r^T + 2 q e^T with e = unit, q = entries, r = (e + q) / |e + q| (Fifty et al. 2024).
     """
     e = unit.detach()
     r = F.normalize(e + entries, dim=-1)

@@ -11,6 +11,7 @@ from spectralar.tokenizer import ROWS_AT_ONCE, encoder_mask
 from tests.helpers import tiny_tokenizer
 
 N, K = 12, 32  # of `tiny_tokenizer`
+GRID = {"fsq_levels": [4, 3, 5], "codebook_size": 60, "codebook_dim": 3}
 EXACT = {"rtol": 0, "atol": 1e-11}  # float64: only the order of sums may differ
 
 
@@ -165,8 +166,9 @@ def test_a_frame_may_be_asked_for_twice_or_not_at_all(tokenizer):
                 torch.testing.assert_close(decoder.frame(), tokenizer.decode(codes, k), **EXACT)
 
 
-def test_all_ways_to_decode_agree_in_float32():
-    tokenizer, codes = tiny_tokenizer(3), random_codes()
+@pytest.mark.parametrize("config", [{}, {"alpha": 0.0}, GRID], ids=["codebook", "no cutoffs", "grid"])
+def test_all_ways_to_decode_agree_in_float32(config):
+    tokenizer, codes = tiny_tokenizer(3, **config), random_codes()
     together, decoder = tokenizer.decode(codes, list(range(1, N + 1))), tokenizer.prefix_decoder(3)
     for k in range(1, N + 1):
         decoder.append(codes[:, k - 1 : k])
@@ -333,9 +335,6 @@ def test_saving_and_loading_is_exact(tmp_path, dtype):
     assert torch.equal(loaded.decode(codes, [3, N]), tokenizer.decode(codes, [3, N]))
     as_float32 = SpectralTokenizer.from_pretrained(tmp_path)
     assert all(torch.equal(a, b.float()) for a, b in zip(as_float32.parameters(), tokenizer.parameters(), strict=True))
-
-
-GRID = {"fsq_levels": [4, 3, 5], "codebook_size": 60, "codebook_dim": 3}
 
 
 def test_a_grid_is_saved_and_loaded_as_its_levels(tmp_path):

@@ -3,7 +3,7 @@
     L_D = E[relu(1 - D(x))] + E[relu(1 + D(x'))] + lecam_weight R,   L_G = -E[D(x')],   x' = D_N(x),
     R = E[relu(D(x) - a')²] + E[relu(a - D(x'))²],   a, a' = running means of D(x), D(x').
 
-Hinge losses as in Lim and Ye (2017), R as in Tseng et al. (2021, equation 5): it keeps the discriminator's answers to
+Hinge losses as in Lim and Ye (2017), R as in Tseng et al. (2021): it keeps the discriminator's answers to
 real and reconstructed images from drifting apart, which they do first where data is scarce.
 """
 
