@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spectralar.tokenizer import SpectralTokenizer
+
+AGAIN = "run train.encode_dataset again."
 
 
 def fingerprint(tokenizer: SpectralTokenizer) -> str:
@@ -56,35 +58,50 @@ class StoredCodes:
     class_names: list[str]
 
 
+def shard_name(first: str, start: int) -> str:
+    """The file of the images from `start` on, of a copy that begins in `first`: train-001-00065536.safetensors."""
+    return first if start == 0 else first.replace(".", f"-{start:08d}.")
+
+
 def read_shards(folder: Path, wanted: dict[str, dict[str, str]]) -> StoredCodes:
     """The stored copies of a split, in the order of `wanted`.
 
     Args:
         folder: where `write_shard` wrote them.
-        wanted: by file name, what the identity of each shard has to hold.
+        wanted: by name of a copy's first file, what the identity of its shards has to hold. If that says `images`
+            and `stop`, more shards follow, each from where the one before it stops.
 
     Raises:
         ValueError: if a shard is missing, damaged, or was made by another tokenizer or with other settings.
     """
-    again = "run train.encode_dataset again."
     copies, labels, names = [], None, []
-    for name, expected in wanted.items():
-        path = folder / name
-        if not path.exists():
-            raise ValueError(f"There are no codes in {path}: run train.encode_dataset with the same preset first.")
-        identity = shard_identity(path)
-        if identity is None:
-            raise ValueError(f"{path} is damaged: {again}")
-        if identity.get("tokenizer") != expected["tokenizer"]:
-            theirs, own = identity.get("tokenizer", "unknown")[:12], expected["tokenizer"][:12]
-            raise ValueError(f"{path} holds codes of another tokenizer ({theirs}, this one is {own}): {again}")
-        for key, value in expected.items():
-            if identity.get(key) != value:
-                raise ValueError(f"{path} was made with {key}={identity.get(key)}, not {value}: {again}")
-        with safe_open(str(path), framework="pt") as file:
-            copies.append(file.get_tensor("codes"))
-            if labels is not None and not torch.equal(labels, file.get_tensor("labels")):
-                raise ValueError(f"{path} was made from other images than the shards before it: {again}")
-            labels = file.get_tensor("labels")
-        names = json.loads(identity["class_names"])
+    for first, expected in wanted.items():
+        parts, start, total = [], 0, 1
+        while start < total:
+            path = folder / shard_name(first, start)
+            identity, tensors = _read_shard(path, expected)
+            parts.append(tensors)
+            start = total = int(identity.get("stop", 1))
+            if "stop" in identity:
+                total = int(identity["images"])
+        codes, own = (torch.cat([part[name] for part in parts]) for name in ("codes", "labels"))
+        if labels is not None and not torch.equal(labels, own):
+            raise ValueError(f"{path} was made from other images than the shards before it: {AGAIN}")
+        copies.append(codes)
+        labels, names = own, json.loads(identity["class_names"])
     return StoredCodes(torch.stack(copies), labels.long(), names)
+
+
+def _read_shard(path: Path, expected: dict[str, str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not path.exists():
+        raise ValueError(f"There are no codes in {path}: run train.encode_dataset with the same preset first.")
+    identity = shard_identity(path)
+    if identity is None:
+        raise ValueError(f"{path} is damaged: {AGAIN}")
+    if identity.get("tokenizer") != expected["tokenizer"]:
+        theirs, own = identity.get("tokenizer", "unknown")[:12], expected["tokenizer"][:12]
+        raise ValueError(f"{path} holds codes of another tokenizer ({theirs}, this one is {own}): {AGAIN}")
+    for key, value in expected.items():
+        if identity.get(key) != value:
+            raise ValueError(f"{path} was made with {key}={identity.get(key)}, not {value}: {AGAIN}")
+    return identity, load_file(path)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from spectralar import SpectralTokenizer
 from tests.helpers import tiny_tokenizer, tiny_transformer
+from train import encode_dataset
 from train.codes import fingerprint, read_shards, shard_identity, write_shard
 from train.config import load_config
 from train.data import load_images, to_float
@@ -164,3 +166,35 @@ def test_processes_share_the_copies(preset, tmp_path):
         encode_split(tokenizer, config, "train", tmp_path / "two", rank, 2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert len(contents(tmp_path / "one")) == 3
+
+
+def test_large_sets_are_cut_into_shards_that_processes_share(preset, tmp_path, monkeypatch, capsys):
+    config, tokenizer = load_config(str(preset)), tiny_tokenizer()
+    encode_split(tokenizer, config, "train", tmp_path / "whole")
+    whole = read_shards(tmp_path / "whole", wanted_shards(config, "train", tokenizer))
+    monkeypatch.setattr(encode_dataset, "SHARD", 20)
+    for rank in (1, 0):
+        encode_split(tokenizer, config, "train", tmp_path / "cut", rank, 2)
+    names = [f"train-{copy:03d}{part}.safetensors" for copy in range(2) for part in ("", "-00000020", "-00000040")]
+    assert sorted(contents(tmp_path / "cut")) == sorted(names)
+    cut = read_shards(tmp_path / "cut", wanted_shards(config, "train", tokenizer))
+    assert torch.equal(cut.codes[0], whole.codes[0]) and torch.equal(cut.labels, whole.labels)
+    assert torch.equal(cut.codes[1, :20], whole.codes[1, :20])  # as augmented as before
+    assert not torch.equal(cut.codes[1], cut.codes[0])
+    (tmp_path / "cut" / names[1]).unlink()
+    with pytest.raises(ValueError, match=f"There are no codes in .*{names[1]}"):
+        read_shards(tmp_path / "cut", wanted_shards(config, "train", tokenizer))
+    capsys.readouterr()
+    encode_split(tokenizer, config, "train", tmp_path / "cut")
+    said = capsys.readouterr().out.splitlines()
+    assert [line.endswith("is there already.") for line in said] == [True, False, True, True, True, True]
+    again = read_shards(tmp_path / "cut", wanted_shards(config, "train", tokenizer))
+    assert torch.equal(again.codes, cut.codes)
+
+
+def test_encoding_stops_in_time_and_goes_on(preset, tmp_path):
+    config, tokenizer = load_config(str(preset)), tiny_tokenizer()
+    assert not encode_split(tokenizer, config, "train", tmp_path, deadline=time.monotonic() - 1)
+    assert not list(tmp_path.iterdir())
+    assert encode_split(tokenizer, config, "train", tmp_path, deadline=time.monotonic() + 100)
+    assert encode_split(tokenizer, config, "train", tmp_path, deadline=time.monotonic() - 1)  # all there
