@@ -1,8 +1,15 @@
+import contextlib
+import inspect
+import sys
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from spectralar.demo.model import Model, best_device, find_models, to_pixels
+from spectralar.demo.page import build
+from tests.demo.conftest import tiny_model
 
 
 def test_models_are_found_and_loaded(model, tmp_path):
@@ -44,3 +51,71 @@ def test_samples_run_side_by_side(model):
     first, second = model._frames(0, 1, seed=5), model._frames(2, 1, seed=5, guidance_scale=2.0)
     together = [frames[-1].codes for frames in zip(*zip(first, second, strict=True), strict=True)]
     assert together == alone
+
+
+class ZeroGPU:
+    """Stands in for Hugging Face's package `spaces`: lends a GPU for the calls of a function."""
+
+    def __init__(self):
+        self.lent = 0
+
+    def GPU(self, duration):  # noqa: N802
+        def decorated(function):
+            def call(*arguments, **options):
+                with self.held():
+                    return function(*arguments, **options)
+
+            def generate(*arguments, **options):
+                steps = iter(function(*arguments, **options))
+                while True:
+                    with self.held():
+                        try:
+                            step = next(steps)
+                        except StopIteration:
+                            return
+                    yield step
+
+            return generate if inspect.isgeneratorfunction(function) else call
+
+        return decorated
+
+    @contextlib.contextmanager
+    def held(self):
+        self.lent += 1
+        try:
+            yield
+        finally:
+            self.lent -= 1
+
+
+def test_on_zero_gpu_nothing_is_computed_without_the_gpu(monkeypatch):
+    spaces = ZeroGPU()
+    monkeypatch.setitem(sys.modules, "spaces", spaces)
+    model = tiny_model()
+    calls = []
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+
+        def watched(*arguments, **options):
+            calls.append((name, spaces.lent > 0))
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(model.pipe.tokenizer, "encode")
+    watch(model.pipe.tokenizer, "decode")
+    watch(model.pipe.transformer, "step")
+    demo = build(model)
+    public = {fn.api_name: fn.fn for fn in demo.fns.values() if fn.api_visibility == "public"}
+    photo = Image.new("RGB", (20, 20), "red")
+    arguments = {
+        "generate": ("Bag",), "generate_sheet": ("Bag", 1, 0, 2.0, 4), "reconstruct": (photo, 3),
+        "decode": ([[1, 2]],), "bands": (photo,), "band_figure": (photo, "contributions", "csv"), "influence": (),
+        "mix": (photo, photo, 3), "continue_as": (photo, "Bag", 3, 1, 0, 2.0), "model": (),
+    }  # fmt: skip
+    assert set(arguments) == set(public)
+    for name, values in arguments.items():
+        public[name](*values)
+    assert {name for name, _ in calls} == {"encode", "decode", "step"}
+    assert all(lent for _, lent in calls), [name for name, lent in calls if not lent]
