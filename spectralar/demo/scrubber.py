@@ -32,7 +32,8 @@ MAX_WIDTH = 16_383  # of WebP
 class StripEncoder:
     """Encodes strips within a byte budget: lossless WebP where it fits, lossy where not, then smaller tiles.
 
-    A step down holds for all later strips, so that a picture does not change in quality back and forth.
+    Every strip may take an even share of what is left, so that the coarse ones, which are small, leave more to the
+    others. A step down holds for all later strips: a picture does not change in quality back and forth.
 
     Args:
         num_strips: strips that will be sent in one value, N.
@@ -40,18 +41,20 @@ class StripEncoder:
     """
 
     def __init__(self, num_strips: int, max_total_bytes: int = MAX_TOTAL_BYTES) -> None:
-        self.budget = max_total_bytes // num_strips
+        self.num_left, self.bytes_left = num_strips, max_total_bytes
         self.lossless = True
         self.reduction = 1  # a power of two
 
     def encode(self, tiles: Sequence[np.ndarray] | np.ndarray) -> str:
         """Tiles, each (H, H) or (H, H, 3) uint8 -> a data URL of one strip, tiles from left to right."""
         strip = _strip(tiles)
+        budget = self.bytes_left // max(1, self.num_left)
         while strip.width // self.reduction > MAX_WIDTH:
             self.reduction *= 2
         while True:
             data = self._compress(strip)
-            if len(data) <= self.budget or len(tiles[0]) // self.reduction <= 8:
+            if len(data) <= budget or len(tiles[0]) // self.reduction <= 8:
+                self.num_left, self.bytes_left = self.num_left - 1, self.bytes_left - len(data)
                 return "data:image/webp;base64," + base64.b64encode(data).decode("ascii")
             if self.lossless:
                 self.lossless = False

@@ -45,6 +45,14 @@ def test_all_strips_stay_within_the_budget_whatever_the_size():
     assert decoded(encoder.encode(tiles)).height == 256 // encoder.reduction
 
 
+def test_what_coarse_strips_save_is_for_the_fine_ones():
+    encoder = StripEncoder(4, max_total_bytes=40_000)
+    for _ in range(3):
+        encoder.encode(np.zeros((1, 96, 96, 3), np.uint8))
+    url = encoder.encode(noise(1, 96, 96, 3))  # 28 kB as it is, more than a fourth of the bytes
+    assert len(url) > 20_000 and encoder.lossless and encoder.num_left == 0 <= encoder.bytes_left
+
+
 def test_a_strip_is_never_wider_than_webp_can_be():
     tiles = np.zeros((16, 1024, 1024), np.uint8)
     strip = decoded(StripEncoder(64).encode(tiles))
