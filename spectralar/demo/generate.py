@@ -255,8 +255,8 @@ class _Tab:
 def _add_endpoints(model: Model) -> None:
     def sampled(settings: Settings) -> Frame:
         class_id = model.label(settings.class_label)
-        *_, frame = model.frames(class_id, settings.count, settings.seed, **settings.arguments())
-        return frame
+        frames = model.frames(class_id, settings.count, settings.seed, **settings.arguments())
+        return [frame for frame in frames if frame][-1]
 
     def generate(
         class_label: str,

@@ -12,9 +12,9 @@ import torch
 from .. import plots
 from ..plots import Chart
 from ..spectral import low_pass
-from .model import Model, to_pixels
+from .model import Model, own_pipe, to_pixels
 from .scrubber import StripEncoder, scrubber_value
-from .source import Picture, own_pipe
+from .source import Picture
 
 VARIATIONS = 6
 
@@ -54,7 +54,7 @@ def continuations(
     The random numbers are the same for all k: where neighbouring k differ, it is the prefix that made them.
     """
     n = model.num_tokens
-    pipe = own_pipe(model)
+    pipe = own_pipe(model.pipe)
     for k in range(1, n + 1):
         rows = [codes] * VARIATIONS
         if k < n:

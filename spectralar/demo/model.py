@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..pipeline import SpectralARPipeline
+from ..streaming import FrameStream
 
 MAX_SEED = 2**31 - 1
 
@@ -40,6 +41,13 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def own_pipe(pipe: SpectralARPipeline) -> SpectralARPipeline:
+    """A pipeline for one call, on the same weights: pipelines keep a call's state, and visitors run side by side."""
+    own = SpectralARPipeline(**pipe.components, **pipe.parameters)
+    own.set_progress_bar_config(disable=True)
+    return own
 
 
 def on_gpu(function: Callable) -> Callable:
@@ -99,27 +107,37 @@ class Model:
                 return self.pipe.get_label_ids(int(text))[0]
             raise
 
-    def _frames(self, class_id: int, count: int, seed: int, **arguments: Any) -> Iterator[Frame]:
-        """Samples `count` images of a class and yields their frame after each token, k = 1, 2, ..
+    def _frames(self, class_id: int, count: int, seed: int, **arguments: Any) -> Iterator[Frame | None]:
+        """Samples `count` images of a class and yields the frames of k = 1, 2, .. tokens, and None after every token.
 
-        The arguments are those of `SpectralARPipeline.stream`. The frames inside a given prefix come first.
+        The arguments are those of `SpectralARPipeline.stream`, and so are the frames, to the bit. Those inside a given
+        prefix come first. Small frames come a few at a time, behind their tokens; a run can be stopped at any yield.
         """
-        # Pipelines keep the state of a call: one for each call, on the same weights, lets visitors run side by side.
-        pipe = SpectralARPipeline(**self.pipe.components, **self.pipe.parameters)
-        pipe.set_progress_bar_config(disable=True)
+        pipe, tokenizer = own_pipe(self.pipe), self.pipe.tokenizer
         prefix = arguments.get("prefix_codes")
         if prefix:
             for k, image in enumerate(pipe.decode(prefix, list(range(1, len(prefix[0]) + 1)))[0][:-1], start=1):
                 yield Frame(k, np.repeat(to_pixels(image[None]), count, axis=0), [prefix[0][:k]] * count, 0, 0)
+        given = len(prefix[0]) if prefix else 0
         generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same everywhere
-        steps = pipe.stream(class_id, num_images_per_prompt=count, generator=generator, output_type="pt", **arguments)
+        steps = pipe.stream(
+            class_id, num_images_per_prompt=count, generator=generator, output_type="latent", **arguments
+        )
+        decoded = FrameStream(tokenizer, count, every=1, on_host=False)
         begin = time.perf_counter()
+
+        def frames(ready: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Frame]:
+            with torch.no_grad():
+                ready = [(codes, to_pixels(images)) for codes, images in ready]
+            for codes, images in ready:
+                k = codes.shape[1]
+                yield Frame(k, images, codes.tolist(), k - given, time.perf_counter() - begin)
+
         with closing(steps):  # a visitor who stops or leaves stops the computation with it
             for step in steps:
-                sampled = step.index - (len(prefix[0]) if prefix else 0)
-                yield Frame(
-                    step.index, to_pixels(step.images), step.codes.tolist(), sampled, time.perf_counter() - begin
-                )
+                yield from frames(decoded.add(step.codes))
+                yield None
+        yield from frames(decoded.finish())
 
     def _encode(self, images: Tensor) -> list[list[int]]:
         """Codes of images (B, C, H, H) in [-1, 1]."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,11 +97,27 @@ class Run:
         )  # fmt: skip
         self.value |= {"busy": True, "status": "Waiting for its turn"}
         self.sent_bytes = 0
+        self._strips: deque[tuple[Future[str], Frame]] = deque()  # being encoded, in order
 
-    def add(self, frame: Frame) -> None:
+    def add(self, frame: Frame, pool: Executor) -> None:
+        """Takes a frame; its strip is encoded beside the model, which does not wait for it."""
         self.frames.append(frame.images)
         self.codes = frame.codes
-        strip = self.encoder.encode(frame.images)
+        self._strips.append((pool.submit(self.encoder.encode, frame.images), frame))
+
+    def keeps_up(self) -> bool:
+        """Whether no strip but the newest is being encoded."""
+        return len(self._strips) <= 1
+
+    def collect(self, wait: bool = False) -> bool:
+        """Puts strips that are encoded into the value, with `wait` at least one; returns whether there were any."""
+        before = len(self.value["frames"])
+        while self._strips and (self._strips[0][0].done() or (wait and len(self.value["frames"]) == before)):
+            encoding, frame = self._strips.popleft()
+            self._show(encoding.result(), frame)
+        return len(self.value["frames"]) > before
+
+    def _show(self, strip: str, frame: Frame) -> None:
         self.sent_bytes += len(strip)
         self.value["frames"].append(strip)
         self.value["codes"].append([codes[-1] for codes in frame.codes])
@@ -112,7 +130,13 @@ class Run:
                 else f"{frame.seconds:.1f} s · {rate:.3g} tokens/s"
             )
 
+    def interval(self) -> float:
+        """Seconds that should lie between two messages."""
+        return max(SECONDS_A_MESSAGE, self.sent_bytes / BYTES_A_SECOND)
+
     def finish(self, stopped: bool = False) -> None:
+        while self.collect(wait=True):
+            pass
         self.value["busy"] = False
         if stopped:
             self.value["status"] = f"Stopped after {len(self.frames)} of {self.settings.num_tokens} tokens"
@@ -130,11 +154,19 @@ def stream(model: Model, settings: Settings) -> Iterator[Run]:
         frames = model.frames(class_id, settings.count, settings.seed, **settings.arguments())
         yield run
         sent = 0.0
-        with closing(frames):
+        # One thread: strips are encoded in order, each within what the ones before it have left.
+        with ThreadPoolExecutor(1) as pool, closing(frames):
             for frame in frames:
-                run.add(frame)
-                interval = max(SECONDS_A_MESSAGE, run.sent_bytes / BYTES_A_SECOND)
-                if frame.sampled == 1 or (frame.sampled and time.perf_counter() - sent >= interval):
+                run.collect()
+                if frame:
+                    run.add(frame, pool)
+                if time.perf_counter() - sent >= run.interval():
+                    # The newest strip is waited for where encoding keeps up with sampling; else sampling goes ahead.
+                    run.collect(wait=run.keeps_up())
+                    yield run  # also without news: only here can a run be stopped
+                    sent = time.perf_counter()
+            while run.collect(wait=True):  # where encoding takes longer than sampling
+                if time.perf_counter() - sent >= run.interval():
                     yield run
                     sent = time.perf_counter()
         run.finish()

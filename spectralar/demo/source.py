@@ -18,10 +18,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..image import to_model_input
-from ..pipeline import SpectralARPipeline
 from .errors import one_sentence
 from .generate import QUIET, new_seed
-from .model import MAX_SEED, Model, on_gpu, to_pixels
+from .model import MAX_SEED, Model, on_gpu, own_pipe, to_pixels
 from .runs import Settings
 from .upload import PhotoInput, open_photo
 
@@ -104,15 +103,8 @@ class Origins:
 
     def _codes_of_class(self, class_ids: list[int], seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
-        pipe, scale = own_pipe(self.model), Settings.guidance_scale
+        pipe, scale = own_pipe(self.model.pipe), Settings.guidance_scale
         return pipe(class_ids, guidance_scale=scale, generator=generator, output_type="latent").codes.tolist()
-
-
-def own_pipe(model: Model) -> SpectralARPipeline:
-    """A pipeline for one call, on the model's weights: pipelines keep the state of a call."""
-    pipe = SpectralARPipeline(**model.pipe.components, **model.pipe.parameters)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def sample_examples(model: Model) -> tuple[list[str], list[str]]:

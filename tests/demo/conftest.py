@@ -11,6 +11,7 @@ import pytest
 import torch
 from gradio import networking
 
+from spectralar import streaming
 from spectralar.demo.model import Model
 from spectralar.demo.page import build, launch_options
 from spectralar.demo.runs import SECONDS_A_MESSAGE
@@ -68,6 +69,7 @@ def served(model):
         return step(*args, **kwargs)
 
     model.pipe.transformer.step = braked
+    at_once, streaming.MASK_TOKENS_AT_ONCE = streaming.MASK_TOKENS_AT_ONCE, 1  # a frame for every token let through
     demo = build(model)
     # Gradio gives its own server three seconds to answer, which a busy machine may exceed.
     networking.url_ok = lambda url: httpx.head(url, timeout=60).status_code == 200
@@ -78,3 +80,4 @@ def served(model):
         page.allow()
         demo.close()
         model.pipe.transformer.step = step
+        streaming.MASK_TOKENS_AT_ONCE = at_once

@@ -115,6 +115,11 @@ def test_closing_stops_the_model(model, monkeypatch):
     assert before == len(steps) < 12
 
 
+def test_a_run_can_be_stopped_after_every_token(model):
+    kinds = [frame is None for frame in model.frames(1, 1, 0)]
+    assert kinds.count(True) == kinds.count(False) == 12 and kinds[:2] == [False, True]
+
+
 def test_messages_become_rarer_as_they_become_heavier(model, monkeypatch):
     monkeypatch.setattr("spectralar.demo.runs.BYTES_A_SECOND", 1.0)
     runs = list(run.snapshot() for run in stream(model, checked(model)))
