@@ -18,9 +18,10 @@ import os
 import platform
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from spectralar import SpectralARPipeline
+from spectralar import SpectralARPipeline, __version__
 from spectralar.analysis import write_statistics
 from spectralar.labels import LabelNames
 
@@ -60,6 +61,7 @@ from .report_page import page
 from .sources import list_images
 
 LEAST_IMAGES = 10  # neighbours have to be found among them
+DRY_IMAGES = 20
 
 
 def evaluate(args: argparse.Namespace, run: Evaluation, train: ImageSet, results: dict[str, Any]) -> None:
@@ -176,32 +178,37 @@ def make_perceptual(name: str, device: torch.device) -> torch.nn.Module | None:
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("model", type=Path, help="folder of a finished pipeline")
     add("overrides", nargs="*", metavar="key=value", help="settings, e.g. data.root=FOLDER")
     add("--config", required=True, metavar="PRESET", help="name or .yaml file; says which data to measure on")
-    add("--judge", nargs="+", choices=JUDGES, default=["classifier"],
-        help="one or more feature networks; the first one picks the guidance scale")  # fmt: skip
+    add("--judge", nargs="+", choices=JUDGES, default=["classifier"], metavar="NAME",
+        help=f"one or more of {', '.join(JUDGES)}: networks whose features are compared; the first one picks the best "
+        "guidance scale (default: classifier)")  # fmt: skip
     add("--classifier", type=Path, metavar="FOLDER", help="of that judge (default: classifier, beside the model)")
-    add("--perceptual", choices=[*PERCEPTUAL_LOSSES, "none"], default=PERCEPTUAL_LOSSES[0],
-        help="network of the perceptual distance at prefix lengths")  # fmt: skip
+    add("--perceptual", choices=[*PERCEPTUAL_LOSSES, "none"], default=PERCEPTUAL_LOSSES[0], metavar="NAME",
+        help=f"network of perceptual distances, {', '.join(PERCEPTUAL_LOSSES)} or none (default: %(default)s)")
     add("--output", type=Path, metavar="FOLDER", help="of the results (default: evaluation, beside the model)")
-    add("--samples", type=_count, default=5000, metavar="N", help="at each guidance scale")
-    add("--images", type=_count, default=10000, metavar="N", help="held out, and of training")
+    add("--samples", type=_count, default=5000, metavar="N", help="at each guidance scale (default: %(default)s)")
+    add("--images", type=_count, default=10000, metavar="N", help="held out, and of training (default: %(default)s)")
     add("--prefix-images", type=_count, default=2000, metavar="N",
-        help="images, and samples, to measure at several prefix lengths")  # fmt: skip
+        help="images, and samples, to measure at several prefix lengths (default: %(default)s)")  # fmt: skip
     add("--neighbours", type=_count, default=1000, metavar="N",
-        help="samples, and held-out images, whose nearest training images are found")  # fmt: skip
-    add("--guidance-scales", type=_scale, nargs="+", default=[1.0, 1.5, 2.0, 3.0], metavar="W", help="one or more")
-    add("--seed", type=int, default=0, help="of samples and of the choice of images")
+        help="samples, and held-out images, whose nearest training images are found (default: %(default)s)")
+    add("--guidance-scales", type=_scale, nargs="+", default=[1.0, 1.5, 2.0, 3.0], metavar="W",
+        help="one or more (default: 1 1.5 2 3)")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N",
+        help="of samples and of the choice of images (default: %(default)s)")  # fmt: skip
     add("--npz", action="store_true", help="also write the samples as the ADM evaluator reads them")
-    add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of the CPU, a process")
+    add("--threads", type=int, default=torch.get_num_threads(), metavar="N",
+        help="of the CPU, in each process (default: all)")  # fmt: skip
+    add("--dry-run", action="store_true", help=f"all of it on {DRY_IMAGES} images and samples, and nothing written")
     args = parser.parse_intermixed_args(argv)
     args.classifier = args.classifier or args.model.parent / "classifier"
     args.output = args.output or args.model.parent / "evaluation"
+    if args.dry_run:
+        args.samples = args.images = args.prefix_images = args.neighbours = DRY_IMAGES
     if args.threads < 1:
         parser.error(f"--threads must be at least 1, not {args.threads}.")
     if not (args.model / "model_index.json").is_file():
@@ -251,6 +258,7 @@ def conditions(args: argparse.Namespace, config: Config, run: Evaluation, argv: 
         "command": "python -m train.evaluate " + shlex.join(sys.argv[1:] if argv is None else argv),
         "seed": args.seed, "device": device, "threads": args.threads, "processes": run.team.size,
         "versions": {"python": platform.python_version()}
+        | {"spectralar": __version__}
         | {name: version(name) for name in ("torch", "diffusers", "numpy")},
         "seconds": {},
     }  # fmt: skip
@@ -274,20 +282,37 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.seed, folder=args.output, team=team,
         )  # fmt: skip
         results = conditions(args, config, run, argv)
-        (args.output / "figures").mkdir(parents=True, exist_ok=True)
-        evaluate(args, run, train, results)
-        if not team.is_main:
-            return
-        texts = {
-            "results.json": json.dumps(results, indent=1),
-            "report.md": markdown(results),
-            "report.html": page(results, args.output),
-        }
-        for name, text in texts.items():
-            partial = args.output / f"{name}.partial"
-            partial.write_text(text + "\n", encoding="utf-8")
-            os.replace(partial, args.output / name)
-        print(f"Results in {args.output / 'report.html'}, as Markdown in report.md beside it.")
+        with output_folder(args, team) as run.folder:
+            (run.folder / "figures").mkdir(parents=True, exist_ok=True)
+            evaluate(args, run, train, results)
+            if team.is_main:
+                write_report(results, run.folder)
+        if team.is_main:
+            where = "Dry run: nothing was written" if args.dry_run else f"Results in {args.output / 'report.html'}"
+            print(f"{where}.")
+
+
+@contextmanager
+def output_folder(args: argparse.Namespace, team: Team) -> Iterator[Path]:
+    """The folder of the results; in a dry run one that all processes share and that is gone afterwards."""
+    if not args.dry_run:
+        yield args.output
+        return
+    with tempfile.TemporaryDirectory() if team.is_main else nullcontext() as folder:
+        yield Path(team.broadcast(folder))
+        team.wait()
+
+
+def write_report(results: dict[str, Any], folder: Path) -> None:
+    """results.json, report.md and report.html, each whole or not at all."""
+    texts = {
+        "results.json": json.dumps(results, indent=1), "report.md": markdown(results),
+        "report.html": page(results, folder),
+    }  # fmt: skip
+    for name, text in texts.items():
+        partial = folder / f"{name}.partial"
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, folder / name)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from .sample_bank import sample_bank
 from .train_transformer import evaluate as next_token_losses
 
 ENCODE_BATCH, DECODE_BATCH, PREFIX_BATCH = 256, 128, 16  # images; of the last all prefixes are decoded
-PERCEPTUAL_IMAGES = 500  # each costs two passes a prefix length through a network made for far larger ones
+PERCEPTUAL_IMAGES = 200  # each costs two passes a prefix length through a network made for far larger ones
 
 Views = dict[str, Judged]  # by judge
 

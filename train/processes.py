@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,6 +40,10 @@ class Team:
             return mine
         everyone = gather_object([mine])  # one list a process
         return [everyone[i % self.size][i // self.size] for i in range(len(starts))]
+
+    def broadcast(self, value: T) -> T:
+        """The main process's value, on all."""
+        return broadcast_object_list([value])[0]
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()

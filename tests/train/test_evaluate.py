@@ -301,6 +301,18 @@ def test_two_processes_measure_what_one_does(files, scripts, tmp_path):
     assert [len(list((tmp_path / str(n)).rglob("guidance-2/*"))) for n in (1, 2)] == [2, 2]
 
 
+def test_dry_run_goes_through_all_of_it_and_leaves_nothing(files, scripts, tmp_path):
+    output = tmp_path / "output"
+    argv = [
+        files / "pipeline", "--config", files / "tiny.yaml", "--output", output, "--perceptual", "none", "--dry-run",
+        "--guidance-scales", 3,
+    ]  # fmt: skip
+    code, text = scripts.run("evaluate", argv, processes=2)
+    assert code == 0, text
+    assert text.count("samples at guidance scale 3:") == text.count("Dry run: nothing was written.") == 1
+    assert not output.exists()
+
+
 # ------------------------------------------------------------------------------------------- the report
 
 
