@@ -207,8 +207,9 @@ def test_continuation_to_the_end(tab, page):
 def test_a_link_opens_the_same_remix(tab):
     shown = scrubbed(tab, "#remixed", (4,), index=2)[4]
     expect(tab.locator("#remix")).to_be_enabled(timeout=PATIENCE)
+    expect(tab).to_have_url(re.compile("[?&]k=4"), timeout=PATIENCE)
     tab.reload()
-    wait_for_k(tab, N // 2, "#remixed")
+    wait_for_k(tab, 4, "#remixed")
     np.testing.assert_array_equal(scrubbed(tab, "#remixed", (4,), index=2)[4], shown)
 
 
