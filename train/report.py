@@ -183,14 +183,14 @@ def _samples(r: dict[str, Any], judge: str) -> str:
     cells = [shown(held.get(column), *FORMATS[column][1:]) for column in columns]
     rows.append(["Held-out images", held["images"], *cells])
     note = "\n\nReal training images, as many as there are samples, are what a perfect model would come to."
+    if judge == "classifier":
+        note += " This judge has seen them with their labels, so their accuracy is too high to compare with."
     if held["accuracy"]:
         best = next(m for m in r["samples"] if m["guidance_scale"] == r["best_guidance_scale"])["judged"][judge]
         rebuilt = r["reconstruction"]["judged"][judge]
         ratios = [(best, "samples at the best guidance scale"), (rebuilt, "reconstructions")]
         texts = [f"{text} have {shown(m['accuracy'] / held['accuracy'], 1, True)}" for m, text in ratios]
         note += f" Of the class accuracy of held-out images, {' and '.join(texts)}."
-    if judge == "classifier":
-        note += " This judge has seen them with their labels, so their accuracy is too high to compare with."
     return table(["Set", "Images", *(FORMATS[column][0] for column in columns)], rows) + note
 
 
