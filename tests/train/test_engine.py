@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import fields, is_dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from train import checkpoints, engine
 from train.checkpoints import publish, read_manifest
 from train.command_line import parse_arguments
 from train.config import Config, StageConfig, TokenizerStage
+from train.data import ImageSet
 from train.engine import Run, StepClock, evenly, learning_rate
 from train.train_tokenizer import evaluate, nested_loss, sample_lengths
 
@@ -133,6 +135,25 @@ def test_slices_of_a_step_make_up_its_batch_and_an_epoch_takes_each_image_once(p
         whole = torch.cat([slices[slot] for slot in sorted(slices)])
         assert torch.equal(whole, engine.step_indices(n, batch, stage.seed, step))
         seen += whole.tolist()
+    assert len(seen) == len(set(seen)) == 48
+
+
+def test_images_read_ahead_are_those_of_the_slices_each_once_an_epoch():
+    n, batch = 50, 12
+    images = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2)
+    data = ImageSet(images, torch.zeros(n, dtype=torch.long), ["a"], 0)
+    runs = []
+    for rank in range(2):
+        run = SimpleNamespace(stage=StageConfig(batch_size=batch, grad_accumulation=2), micro_batch=3)
+        run.accelerator = SimpleNamespace(process_index=rank, device=torch.device("cpu"))
+        run.micro_batches = partial(Run.micro_batches, run)
+        runs.append((run, Run.prefetch(run, data)))
+    seen = []
+    for step in range(n // batch):
+        for run, fetch in runs:
+            for chosen, slot, _ in run.micro_batches(n, step):
+                assert fetch(step)[slot][:, 0, 0, 0].tolist() == chosen.tolist()
+                seen += chosen.tolist()
     assert len(seen) == len(set(seen)) == 48
 
 
