@@ -10,7 +10,7 @@ from torch import Tensor
 from .tokenizer import PrefixDecoder, SpectralTokenizer
 
 # At most so many mask tokens are decoded at once, where more gain nothing; no frame waits for more tokens than this.
-MASK_TOKENS_AT_ONCE = 256
+MASK_TOKENS_AT_ONCE = 512
 LONGEST_WAIT = 8
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -64,6 +65,18 @@ def test_functions_take_turns_and_each_round_starts_with_another():
     samples = interleave({name: lambda name=name: calls.append(name) for name in "abc"}, 0.0, CPU)
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab"  # the first call of each is not in the samples
     assert {name: len(values) for name, values in samples.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_cpu_time_leaves_out_what_the_process_waits_for():
+    samples = interleave({"sleep": lambda: time.sleep(0.05), "work": lambda: sum(range(10**6))}, 0.0, CPU, "cpu")
+    assert max(samples["sleep"]) < 0.03 and min(samples["work"]) > 0
+
+
+def test_cpu_time_takes_one_thread(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse_arguments(["--cpu-time"])
+    assert "--threads 1" in capsys.readouterr().err
+    assert benchmark.parse_arguments(["--cpu-time", "--threads", "1"]).cpu_time
 
 
 def test_medians_are_not_moved_by_one_slow_call():
@@ -188,7 +201,7 @@ def toy_suite() -> Suite:
 def test_the_suite_runs_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(program, "REPEATS", 1)
     monkeypatch.setattr(suite, "cpu_has_bfloat16", lambda: True)
-    monkeypatch.setattr(benchmark, "Suite", lambda device, **settings: Suite(device, True, TOY, TOY_LARGE, 0.0))
+    monkeypatch.setattr(benchmark, "Suite", lambda device, clock, **_: Suite(device, True, TOY, TOY_LARGE, 0.0, clock))
     monkeypatch.setattr(benchmark, "DEVICES", ("cpu",))
     output = tmp_path / "reports" / "benchmark.json"
     benchmark.main(["--quick", "--output", str(output)])

@@ -5,7 +5,8 @@
     python -m train.benchmark --only sampling streaming    figures with these words in their names
 
 Weights are random unless the embedded model is in assets/models; speed does not depend on them. Baselines are
-timed in turns with what they are compared to, medians are reported. Run it on an otherwise idle machine.
+timed in turns with what they are compared to, medians are reported. Run it on an otherwise idle machine; where there
+is none, `--threads 1 --cpu-time` counts the seconds that the process had a core to itself.
 """
 
 from __future__ import annotations
@@ -86,8 +87,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="smaller models, fewer repeats, no figure of minutes")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only figures with one of these words in the name")
     parser.add_argument("--threads", type=int, help="of the CPU (default: OMP_NUM_THREADS, else all cores)")
+    parser.add_argument("--cpu-time", action="store_true", help="for a CPU that others use too; takes --threads 1")
     parser.add_argument("--output", type=Path, help="JSON file with everything, every single timing too")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu-time adds up the threads' seconds: it takes --threads 1.")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,9 +100,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
         os.environ["OMP_NUM_THREADS"] = str(args.threads)  # the page's process, too
-    report = {"run": describe_run() | {"quick": args.quick}, "devices": []}
+    clock = "cpu" if args.cpu_time else "wall"
+    report = {"run": describe_run() | {"quick": args.quick, "clock": clock}, "devices": []}
     for name in DEVICES:
-        suite = Suite(torch.device(name), quick=args.quick, budget_s=3.0 if args.quick else 20.0)
+        settings = {"quick": args.quick, "budget_s": 3.0 if args.quick else 20.0}
+        suite = Suite(torch.device(name), clock=clock if name == "cpu" else "wall", **settings)
         figures = [f for f in plan(suite) if not args.only or any(word in f.name for word in args.only)]
         present = name == "cpu" or torch.cuda.is_available()
         print(f"{name}:" if present else f"{name}: not there", file=sys.stderr)

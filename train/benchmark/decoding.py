@@ -6,7 +6,7 @@ import torch
 
 from spectralar import SpectralTokenizer
 
-from .measure import Result, count_flops, faster, interleave, medians, share
+from .measure import Result, count_flops, faster, medians, share
 from .models import Shape, labels_of
 from .suite import Figure, Suite
 
@@ -48,7 +48,7 @@ def encode(suite: Suite, shape: Shape, batch: int) -> Result:
     functions = {"batch": torch.no_grad()(lambda: tokenizer.encode(images))}
     if batch > 1:
         functions["one by one"] = torch.no_grad()(lambda: [tokenizer.encode(image) for image in images.split(1)])
-    samples = interleave(functions, suite.budget_s / 4, suite.device)
+    samples = suite.time(functions, 1 / 4)
     time = {name: value * 1e3 for name, value in medians(samples).items()}
     return Result(
         time["batch"],
@@ -74,7 +74,7 @@ def bfloat16_prefixes(suite: Suite, shape: Shape) -> Result:
         "bfloat16": torch.no_grad()(lambda: half.decode(codes, lengths)),
         "float32": torch.no_grad()(lambda: plain.decode(codes, lengths)),
     }
-    samples = interleave(functions, suite.budget_s, suite.device)
+    samples = suite.time(functions)
     time = {name: value * 1e3 for name, value in medians(samples).items()}
     error = (functions["bfloat16"]().float() - functions["float32"]()) / 2  # on [0, 1]
     psnr = -10 * error.square().mean(dim=(0, 2, 3, 4)).log10()  # (N,)
@@ -96,7 +96,7 @@ def all_prefixes(suite: Suite, shape: Shape) -> Result:
         "one call": torch.no_grad()(lambda: tokenizer.decode(codes, lengths)),
         "separate": torch.no_grad()(lambda: [tokenizer.decode(codes[:, :k]) for k in lengths]),
     }
-    samples = interleave(functions, suite.budget_s, suite.device)
+    samples = suite.time(functions)
     time = {name: value * 1e3 for name, value in medians(samples).items()}
     flops = {name: count_flops(function) for name, function in functions.items()}
     target = TARGETS_ALL_PREFIXES[suite.device.type]
@@ -130,7 +130,7 @@ def streaming(suite: Suite, shape: Shape, batch: int) -> Result:
         return step
 
     functions = {"stream": stream, "sample, then decode": sample_then_decode, "first image": first_image}
-    samples = interleave(functions, suite.budget_s, suite.device)
+    samples = suite.time(functions)
     time = {name: value * 1e3 for name, value in medians(samples).items()}
     return Result(
         time["stream"],

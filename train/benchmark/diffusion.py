@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-from .measure import Result, faster, interleave, medians
+from .measure import Result, faster, medians
 from .models import Shape
 from .suite import Figure, Suite
 
@@ -48,7 +48,7 @@ def against_dit(suite: Suite, shape: Shape) -> Result:
     measured = (1, 2) if suite.device.type == "cpu" else STEPS
     functions = {str(steps): run_dit(steps) for steps in measured}
     functions["ours"] = lambda: ours(1, generator=torch.Generator().manual_seed(0), output_type="pt")
-    samples = interleave(functions, suite.budget_s, suite.device)
+    samples = suite.time(functions)
     time = {name: value * 1e3 for name, value in medians(samples).items()}
     if measured != STEPS:
         for steps in STEPS:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
-from .measure import Result, count_flops, faster, interleave, medians, rate, share
+from .measure import Result, count_flops, faster, medians, rate, share
 from .models import (
     GUIDANCE,
     Shape,
@@ -61,7 +61,7 @@ def in_bfloat16(suite: Suite, shape: Shape, batch: int) -> Result:
         "bfloat16": sampler(suite.models.of_type(shape, torch.bfloat16), batch),
         "float32": sampler(suite.models[shape], batch),
     }
-    samples = interleave(functions, suite.budget_s, suite.device)
+    samples = suite.time(functions)
     time = {name: value * 1e3 for name, value in medians(samples).items()}
     comparison = faster(time["bfloat16"], "float32", time["float32"])
     return Result(time["bfloat16"], "ms a batch", [comparison], samples=samples)
@@ -71,7 +71,7 @@ def cached(suite: Suite, shape: Shape, batch: int) -> Result:
     """Key/value cache against running the whole prefix for each token."""
     pipeline = suite.models[shape]
     functions = {"cached": sampler(pipeline, batch), "recomputing": recomputing_sampler(pipeline, batch)}
-    samples = interleave(functions, suite.budget_s, suite.device)
+    samples = suite.time(functions)
     time = medians(samples)
     counted = functions | {"cached": plain_sampler(pipeline, batch)}
     flops = {name: count_flops(function) for name, function in counted.items()}
@@ -88,7 +88,7 @@ def cached(suite: Suite, shape: Shape, batch: int) -> Result:
 def bandwidth(suite: Suite, shape: Shape, guidance_scale: float) -> Result:
     """Weight bytes a second of batch-1 sampling, beside what plain kernels read from a buffer of that size."""
     pipeline = suite.models[shape]
-    samples = interleave({"sampling": sampler(pipeline, 1, guidance_scale)}, suite.budget_s / 2, suite.device)
+    samples = suite.time({"sampling": sampler(pipeline, 1, guidance_scale)}, 1 / 2)
     size = weights_read(pipeline.transformer)
     read = size * pipeline.transformer.config.num_tokens / medians(samples)["sampling"]
     target = TARGET_BANDWIDTH if shape is suite.large and suite.device.type == "cpu" else None
@@ -111,7 +111,7 @@ def against_others(suite: Suite, shape: Shape, batch: int) -> Result:
     with_next_scale = shape is suite.large and batch in (1, 64)
     if with_next_scale:
         functions["next-scale"] = next_scale_sampler(transformer, batch)
-    samples = interleave(functions, suite.budget_s, suite.device)
+    samples = suite.time(functions)
     time = {name: value * 1e3 for name, value in medians(samples).items()}
     comparisons = []
     if with_llama:

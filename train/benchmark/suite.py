@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .measure import Machine, Result, cpu_has_bfloat16, not_measured
+from .measure import Machine, Result, cpu_has_bfloat16, interleave, not_measured
 from .models import Models, Shape, d16, embedded
 
 
@@ -22,6 +22,7 @@ class Suite:
         small: the embedded model.
         large: a model too large for the cache.
         budget_s: seconds to spend on the repeats of one figure.
+        clock: what times are read from, of `measure.CLOCKS`.
     """
 
     device: torch.device
@@ -29,6 +30,7 @@ class Suite:
     small: Shape | None = None
     large: Shape | None = None
     budget_s: float = 20.0
+    clock: str = "wall"
     models: Models = field(init=False)
     machine: Machine = field(init=False)
 
@@ -37,8 +39,12 @@ class Suite:
         self.small = self.small or embedded()
         self.large = self.large or (d16(num_layers=2) if self.quick and on_cpu else d16())
         self.models = Models(self.device, torch.float32 if on_cpu else torch.bfloat16)
-        self.machine = Machine(self.device, self.models.dtype)
+        self.machine = Machine(self.device, self.models.dtype, self.clock)
 
+
+    def time(self, functions: dict[str, Callable[[], object]], part: float = 1.0) -> dict[str, list[float]]:
+        """Seconds of every call, the functions taking turns, in a part of the figure's budget."""
+        return interleave(functions, part * self.budget_s, self.device, self.clock)
 
     @property
     def fast_bfloat16(self) -> bool:

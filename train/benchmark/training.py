@@ -14,7 +14,7 @@ from ..engine import make_ema
 from ..optimizers import make_optimizer
 from ..train_tokenizer import nested_loss, sample_lengths
 from ..train_transformer import next_token_loss
-from .measure import Result, count_flops, interleave, medians, rate
+from .measure import Result, count_flops, medians, rate
 from .models import Shape, sizes
 from .suite import Figure, Suite
 
@@ -50,7 +50,7 @@ def training(suite: Suite, shape: Shape, name: str, stage: StageConfig) -> Resul
     else:
         step, counted = transformer_step(SpectralARTransformer(**transformer_sizes), stage, suite.device)
     flops = count_flops(counted)
-    samples = interleave({"step": step}, suite.budget_s / 2, suite.device)
+    samples = suite.time({"step": step}, 1 / 2)
     seconds = medians(samples)["step"]
     target = TARGETS[name] if suite.device.type == "cuda" and shape is suite.large else None
     peak = suite.machine.matmul_rate() / 1e9
