@@ -241,7 +241,7 @@ class SpectralARPipeline(DiffusionPipeline):
 
         There is an event for each token count that `every` divides, for the last one and, with `prefix_codes`, for
         the prefix itself. A token goes through the decoder once; the frames are `decode(codes, [1, .., n])`. The
-        first event comes at once; of small images, up to 8 later ones are made together, which is faster: tokens
+        first event comes at once; of small images, up to 16 later ones are made together, which is faster: tokens
         behind the event's are then sampled already. Closing the iterator stops the computation.
 
         Raises:

@@ -11,7 +11,7 @@ from .tokenizer import PrefixDecoder, SpectralTokenizer
 
 # At most so many mask tokens are decoded at once, where more gain nothing; no frame waits for more tokens than this.
 MASK_TOKENS_AT_ONCE = 512
-LONGEST_WAIT = 8
+LONGEST_WAIT = 16
 
 
 class HostCopy:
