@@ -59,8 +59,8 @@ class Page:
 
 
 @contextlib.contextmanager
-def served(model):
-    """The page of a model on a free port."""
+def served(model, **options):
+    """The page of a model on a free port; `options` are those of `Blocks.launch`."""
     page = Page("", model)
     step = model.pipe.transformer.step
 
@@ -74,7 +74,7 @@ def served(model):
     # Gradio gives its own server three seconds to answer, which a busy machine may exceed.
     networking.url_ok = lambda url: httpx.head(url, timeout=60).status_code == 200
     try:
-        _, page.url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+        _, page.url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options(), **options)
         yield page
     finally:
         page.allow()

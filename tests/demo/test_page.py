@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 from pathlib import Path
 
@@ -143,6 +144,15 @@ def test_nothing_is_stored_watched_or_fetched_from_elsewhere(page):
     assert httpx.get(page.url + "monitoring/summary").status_code in (403, 404)
     html = httpx.get(page.url).text
     assert "fonts.googleapis" not in html
+
+
+def test_behind_a_proxy_all_addresses_are_below_the_sub_path(model):
+    with served(model, root_path="/demo") as page:
+        seen_outside = {"Host": "example.org", "X-Forwarded-Proto": "https"}
+        config = httpx.get(page.url + "config", headers=seen_outside).json()
+        assert config["root"] == "https://example.org/demo"
+        addresses = re.findall(r'https?://[^"\s<]*gradio_api[^"\s<]*', json.dumps(config))
+        assert addresses and all(address.startswith("https://example.org/demo/") for address in addresses)
 
 
 def test_a_tab_is_a_title_and_a_layout():
