@@ -48,7 +48,7 @@ FIGURES = {
     "band_energies": (
         "Energy by band",
         "Energy in the band that each token opens, in the image and in its reconstruction from all tokens. Equal "
-        "energies do not mean equal pictures: phases can still differ.",
+        "energies do not mean equal pictures: phases can still differ. A sample is its own reconstruction.",
     ),
     "radial_spectra": (
         "Radial power spectrum",
