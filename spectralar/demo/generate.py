@@ -52,7 +52,8 @@ def _controls(model: Model) -> dict[str, gr.components.Component]:
     """The settings, by their names in the page's address and in the order of `Settings`."""
     n, names = model.num_tokens, model.class_names
     with gr.Group():
-        label = gr.Dropdown(names, value=names[0], label="Class", filterable=True, elem_id="class")
+        choices = list(zip(model.all_names, names, strict=True))
+        label = gr.Dropdown(choices, value=names[0], label="Class", filterable=True, elem_id="class")
         count = gr.Slider(1, MAX_IMAGES, DEFAULTS.count, step=1, label="Images", elem_id="count")
         with gr.Row(elem_classes="seed"):
             seed = gr.Number(

@@ -81,6 +81,9 @@ class Model:
         self.codebook_size: int = config.codebook_size
         self.cutoffs: tuple[int, ...] = self.pipe.tokenizer.cutoffs
         self.class_names: list[str] = self.pipe.class_names
+        names = {int(i): text for i, text in (self.pipe.config.id2label or {}).items()}
+        # All names of each class, for a search to look through.
+        self.all_names: list[str] = [names.get(i, shown) for i, shown in enumerate(self.class_names)]
         self.frames = on_gpu(self._frames)
         self.encode = on_gpu(self._encode)
         self.decode = on_gpu(self._decode)

@@ -92,7 +92,7 @@ def build(model: Model) -> Linked:
 
 
 def _sampling_controls(model: Model) -> tuple[gr.Dropdown, gr.Number, gr.Slider]:
-    names = model.class_names
+    names = model.all_names
     label = gr.Dropdown(
         list(zip(names, range(len(names)), strict=True)), value=0, label="Class", filterable=True,
         elem_id="remix-class",

@@ -146,7 +146,7 @@ def _thumbnail(path: Path) -> Image.Image:
 
 def source(origins: Origins, label: str, elem_id: str, *, height: int = 200, class_id: int = 0) -> Source:
     """Lays out the choice of a picture: an image input, a sample of a class, and thumbnails of the examples."""
-    names = origins.model.class_names
+    names = origins.model.all_names
     photo = PhotoInput(
         label=label, sources=["upload", "clipboard", "webcam"], format="png", height=height, buttons=[],
         elem_id=elem_id, placeholder="Drop an image, paste one, or click to choose",

@@ -2,6 +2,7 @@ import contextlib
 import inspect
 import sys
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from spectralar.demo.model import Model, best_device, find_models, to_pixels
 from spectralar.demo.page import build
 from tests.demo.conftest import tiny_model
+from tests.helpers import tiny_pipeline
 
 
 def test_models_are_found_and_loaded(model, tmp_path):
@@ -30,6 +32,19 @@ def test_labels_by_name_or_id(model):
     assert model.label("gym shoe") == 1 and model.label("3") == 3
     with pytest.raises(ValueError, match="no class is named 'sock'"):
         model.label("sock")
+
+
+def test_a_search_finds_all_names_of_a_class():
+    pipe = tiny_pipeline(dtype=torch.float32, id2label={0: "goldfish, Carassius auratus", 1: "bus", 3: "tree, oak"})
+    model = Model("tiny", pipe, "models/tiny")
+    assert model.class_names == ["goldfish", "bus", "2", "tree"]
+    assert model.all_names == ["goldfish, Carassius auratus", "bus", "2", "tree, oak"]
+    dropdowns = [block for block in build(model).blocks.values() if isinstance(block, gr.Dropdown)]
+    of_classes = [dropdown for dropdown in dropdowns if dropdown.label in ("Class", "or a sample of")]
+    assert len(of_classes) == 6  # of Generate, Reconstruct, Frequency bands, and three of Remix
+    assert all([text for text, _ in dropdown.choices] == model.all_names for dropdown in of_classes)
+    assert of_classes[0].value == "goldfish" and of_classes[0].choices[3] == ("tree, oak", "tree")
+
 
 
 def test_pixels_are_the_pipelines_own(colour_model):
