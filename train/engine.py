@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
@@ -57,9 +58,16 @@ def make_ema(parameters: list[nn.Parameter], decay: float) -> EMAModel:
 # ------------------------------------------------------------------------------------------------ a run
 
 
+_PROCESS_GROUPS: list[dist.ProcessGroup | None] = []
+
+
 def make_accelerator(**options: Any) -> Accelerator:
     """An accelerator of what there is. Not told that there are only CPUs, it would overlook torchrun's processes."""
-    return Accelerator(cpu=not torch.accelerator.is_available(), **options)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **options)
+    # Held to the end of the program. The last one to let go of it would else be DistributedDataParallel, which waits
+    # for gloo's thread without letting go of Python's lock, and that thread may be waiting for the lock.
+    _PROCESS_GROUPS.append(dist.group.WORLD)
+    return accelerator
 
 
 class StepClock:

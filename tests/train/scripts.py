@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,7 +42,8 @@ class ScriptRun:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         for pid in self.pids:
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):  # it has ended, and has been waited for
+                os.kill(pid, number)
 
     def wait(self) -> tuple[int, str]:
         """Exit code as in subprocess (-9 after SIGKILL), the first that is not 0, and all that was printed."""
