@@ -15,6 +15,7 @@ from tests.demo.conftest import served, tiny_model
 
 PATIENCE = 120_000  # ms; a busy machine is slow, and waiting costs nothing where it is not
 N = 12
+NO_IMAGE = "This file is not an image that can be read: please send JPEG"
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,12 @@ def no_problems(tab, page, problems):
 def photo(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def no_image(tmp_path):
+    (tmp_path / "note.png").write_text("not an image")
+    return tmp_path / "note.png"
 
 
 def go_to(tab, title):
@@ -160,6 +167,14 @@ def test_a_photo_takes_the_place_of_the_sample(tab, page, photo):
     np.testing.assert_allclose(shown, page.model.decode(codes, [12])[0, 0], atol=1)
 
 
+def test_a_bad_upload_is_answered_in_a_sentence(tab, no_image):
+    tab.locator("#bands-image").get_by_label("Remove Image").click()
+    expect(tab.locator("#bands-view canvas")).to_have_count(0, timeout=PATIENCE)
+    tab.locator("#bands-image input[type=file]").set_input_files(no_image)
+    expect(tab.get_by_text(NO_IMAGE)).to_be_visible(timeout=PATIENCE)
+    expect(tab.locator("#bands-view canvas")).to_have_count(0)
+
+
 # -------------------------------------------------------------------------------------------------- Remix
 
 
@@ -218,6 +233,14 @@ def test_what_is_missing_is_said_in_a_sentence(tab):
     expect(tab).not_to_have_url(re.compile("[?&]a="), timeout=PATIENCE)
     tab.click("#remix")
     expect(tab.get_by_text("Choose image A first.")).to_be_visible(timeout=PATIENCE)
+
+
+def test_a_bad_upload_leaves_the_other_image(tab, no_image):
+    tab.locator("#remix-a input[type=file]").set_input_files(no_image)
+    expect(tab.locator("#remix-a").get_by_label("Remove Image")).to_be_visible(timeout=PATIENCE)
+    tab.click("#remix")
+    expect(tab.get_by_text(NO_IMAGE).last).to_be_visible(timeout=PATIENCE)
+    expect(tab.locator("#remix-b").get_by_label("Remove Image")).to_be_visible()
 
 
 # -------------------------------------------------------------------------------------------------- Model
