@@ -13,6 +13,7 @@ from .data import to_float
 from .report_figures import draw_grid
 
 ROWS, COLUMNS = 10, 10  # of a sheet
+CLASSES_A_ROW = 20  # of the sheet of all classes
 CLOSEST = 5  # samples shown in each space
 
 
@@ -43,6 +44,19 @@ def draw_samples(
         if scale == best:
             frames = pipe.tokenizer.decode(sheet[:, 0], lengths).float().cpu()
             draw_grid(frames, rows, [f"k = {k}" for k in lengths], folder / "figures" / "sample-prefixes.png")
+            if len(names) > ROWS:
+                draw_classes(pipe, folder, bank[: len(names)])
+
+
+@torch.no_grad()
+def draw_classes(pipe: SpectralARPipeline, folder: Path, codes: Tensor) -> None:
+    """One sample of every class, codes (classes, N), by id; a row has the name of its first class."""
+    rows = [row.to(pipe.tokenizer.device) for row in codes.split(CLASSES_A_ROW)]
+    images = [pipe.tokenizer.decode(row).float().cpu() for row in rows]
+    white = torch.ones(CLASSES_A_ROW - len(images[-1]), *images[-1].shape[1:])
+    images[-1] = torch.cat([images[-1], white])
+    names = pipe.class_names[: len(codes) : CLASSES_A_ROW]
+    draw_grid(torch.stack(images), names, [""] * CLASSES_A_ROW, folder / "figures" / "classes.png")
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .metrics import INTERVAL
+from .pictures import ROWS
 
 TOP5_FROM = 20  # classes; among fewer, five guesses say little
 FORMATS = {  # of a measure: its column's head, digits, and whether it is a share in per cent
@@ -37,6 +38,7 @@ def markdown(results: dict[str, Any]) -> str:
         ]
     sections += [
         f"![Samples at guidance scale {best:g}](figures/samples-{best:g}.png)",
+        *(["![A sample of every class](figures/classes.png)"] if r["model"]["num_classes"] > ROWS else []),
         f"### Generated prefixes, guidance scale {best:g}",
     ]
     for i, judge in enumerate(r["judges"]):
