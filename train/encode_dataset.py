@@ -36,6 +36,7 @@ def load_tokenizer(folder: Path) -> SpectralTokenizer:
     if not (folder / "config.json").is_file():
         raise SystemExit(f"There is no trained tokenizer in {folder}: run train.train_tokenizer to its end first.")
     tokenizer = SpectralTokenizer.from_pretrained(folder, dtype=torch.float32)
+    tokenizer.register_to_config(_name_or_path="")  # a path of this machine, which would be saved with the pipeline
     return tokenizer.eval().requires_grad_(False)
 
 

@@ -58,6 +58,7 @@ def test_the_finished_models_load_and_generate(reference, preset):
     pipeline = SpectralARPipeline.from_pretrained(reference / "pipeline")
     for name, weight in tokenizer.state_dict().items():
         torch.testing.assert_close(pipeline.tokenizer.state_dict()[name], weight, rtol=0, atol=0)
+    assert not [path for path in reference.glob("*/**/*.json") if str(reference) in path.read_text()]  # no paths
     files = [load_file(path) for path in reference.glob("*/**/diffusion_pytorch_model.safetensors")]
     assert len(files) == 3
     assert {weight.dtype for file in files for weight in file.values()} == {torch.float16}
