@@ -5,7 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from spectralar import SpectralARTransformer, SpectralTokenizer
+from spectralar import SpectralARTransformer, SpectralTokenizer, spectral
+from spectralar.tokenizer import encoder_mask
 from train.adversarial import PatchDiscriminator
 from train.benchmark.measure import count_flops
 from train.config import load_config
@@ -20,6 +21,14 @@ from train.train_transformer import next_token_loss
 # The presets with fewer layers, which the formulas know as a number: counting takes seconds, not minutes.
 SHORT = ["tokenizer.encoder_layers=3", "tokenizer.decoder_layers=2", "transformer.num_layers=2"]
 CLASSES, IMAGES = 10, 512  # so many that what is done once a batch does not show
+
+
+@pytest.fixture(autouse=True)
+def no_fake_tensor_stays():
+    """What is kept between calls was made of tensors without storage: nothing for the tests that come after."""
+    yield
+    for kept in (spectral._dct_matrix, spectral._dct_matrix_cpu, encoder_mask):
+        kept.cache_clear()
 
 
 class Measured:
