@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ FORMATS = {  # of a measure: its column's head, digits, and whether it is a shar
 }  # fmt: skip
 
 
+def _by_judge(r: dict[str, Any], table: Callable[[dict[str, Any], str], str], title: str, figure: str) -> list[str]:
+    """A table and a figure for each judge, under its name where there are several."""
+    sections = []
+    for i, judge in enumerate(r["judges"]):
+        named = f"**Judge: {judge}**\n\n" if len(r["judges"]) > 1 else ""
+        sections += [f"{named}{table(r, judge)}", f"![{title}](figures/{figure}{f'-{judge}' if i else ''}.png)"]
+    return sections
+
+
 def markdown(results: dict[str, Any]) -> str:
     """All tables, with the command, versions, seed, numbers of images and the judges' hashes that they depend on."""
     r, best = results, results["best_guidance_scale"]
@@ -29,25 +39,13 @@ def markdown(results: dict[str, Any]) -> str:
         "![Reconstructions](figures/reconstructions.png)",
         "### Samples",
     ]
-    for i, judge in enumerate(r["judges"]):
-        ending = f"-{judge}" if i else ""
-        named = f"**Judge: {judge}**\n\n" if len(r["judges"]) > 1 else ""
-        sections += [
-            f"{named}{_samples(r, judge)}",
-            f"![Samples by guidance scale](figures/guidance{ending}.png)",
-        ]
+    sections += _by_judge(r, _samples, "Samples by guidance scale", "guidance")
     sections += [
         f"![Samples at guidance scale {best:g}](figures/samples-{best:g}.png)",
         *(["![A sample of every class](figures/classes.png)"] if r["model"]["num_classes"] > ROWS else []),
         f"### Generated prefixes, guidance scale {best:g}",
     ]
-    for i, judge in enumerate(r["judges"]):
-        ending = f"-{judge}" if i else ""
-        named = f"**Judge: {judge}**\n\n" if len(r["judges"]) > 1 else ""
-        sections += [
-            f"{named}{_generated_prefixes(r, judge)}",
-            f"![Generated prefixes](figures/generated-prefixes{ending}.png)",
-        ]
+    sections += _by_judge(r, _generated_prefixes, "Generated prefixes", "generated-prefixes")
     sections += [
         "![Samples, prefix by prefix](figures/sample-prefixes.png)",
         f"### Nearest training images, guidance scale {best:g}\n\n{_neighbours(r)}",
