@@ -504,6 +504,4 @@ def _download(repo_id: str, kwargs: dict[str, Any]) -> str:
     download = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     # Weights of other variants have their name between two dots: diffusion_pytorch_model.fp16.safetensors.
     others = ["*/*.*.safetensors"] if kwargs.get("variant") is None else []
-    return snapshot_download(
-        repo_id, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=others, **download
-    )
+    return snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=others, **download)

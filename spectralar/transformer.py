@@ -40,7 +40,7 @@ class SamplingCache(KVCache):
         config = model.config
         head_dim = config.hidden_size // config.num_heads
         super().__init__(config.num_layers, batch, config.num_heads, config.num_tokens, head_dim, like=model.position)
-        self.parameters = [block.step_parameters() for block in model.blocks]
+        self.parameters = [block.step_parameters(batch) for block in model.blocks]
 
 
 class SpectralARTransformer(ModelMixin, ConfigMixin):

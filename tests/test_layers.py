@@ -8,7 +8,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from spectralar import layers
-from spectralar.layers import MLP, AdaLNBlock, Attention, Block, KVCache, adaln_step, init_weights, linear
+from spectralar.layers import (
+    MLP,
+    AdaLNBlock,
+    Attention,
+    Block,
+    KVCache,
+    adaln_step,
+    block_inputs,
+    init_weights,
+    linear,
+)
 from tests.helpers import add_noise
 
 D, HEADS, T = 24, 3, 7
@@ -76,14 +86,28 @@ def test_heads_must_divide_the_width():
         Attention(24, 5)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("outputs", [30, 32])  # 30 do not make four blocks
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_linear_of_few_rows_is_torchs(rows, dtype, monkeypatch):
+def test_linear_of_few_rows_is_torchs(rows, dtype, outputs, monkeypatch):
     monkeypatch.setattr(layers, "LARGE_WEIGHT", 0)
-    x, weight, bias = torch.randn(rows, 40).to(dtype), torch.randn(30, 40).to(dtype), torch.randn(30).to(dtype)
-    out = linear(x, weight, bias)
-    assert out.is_contiguous() and out.dtype == dtype
-    torch.testing.assert_close(out, F.linear(x, weight, bias))
+    monkeypatch.setattr(layers, "BLOCK_WIDTH", 8)
+    x, weight, bias = torch.randn(rows, 40).to(dtype), torch.randn(outputs, 40).to(dtype), torch.randn(outputs)
+    bias = bias.to(dtype)
+    blocks = block_inputs(weight, rows)
+    assert (blocks.shape == (5, outputs, 8)) == (rows <= 4 and dtype == torch.float32)
+    for form in (weight, blocks):
+        out = linear(x, form, bias)
+        assert out.is_contiguous() and out.dtype == dtype
+        torch.testing.assert_close(out, F.linear(x, weight, bias))
+
+
+def test_only_large_weights_with_many_inputs_are_copied():
+    for shape in ((1024, 1024), (64, 4096 + 8), (16, 2048)):
+        weight = torch.randn(shape)
+        assert block_inputs(weight, 2) is weight
+    weight = torch.randn(256, 4096)
+    assert block_inputs(weight, 2).shape == (8, 256, 512) and block_inputs(weight, 5) is weight
 
 
 # MLP and blocks -------------------------------------------------------------------------------------------
@@ -146,7 +170,9 @@ def test_token_by_token_is_the_whole_sequence(x):
     cache = KVCache(1, 2, HEADS, T, D // HEADS, x)
     parts = [block(x[:, :3], modulation, cache)]  # a prefix at once, then one at a time
     for t in range(3, T):
-        parts.append(adaln_step(x[:, t], block.step_parameters(), modulation.unbind(1), cache.slots(t)[0])[:, None])
+        parts.append(
+            adaln_step(x[:, t], block.step_parameters(len(x)), modulation.unbind(1), cache.slots(t)[0])[:, None]
+        )
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
 
 

@@ -46,7 +46,6 @@ def test_a_search_finds_all_names_of_a_class():
     assert of_classes[0].value == "goldfish" and of_classes[0].choices[3] == ("tree, oak", "tree")
 
 
-
 def test_pixels_are_the_pipelines_own(colour_model):
     x = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(1))
     images = colour_model.pipe._to_output(x * 2 - 1, "pil")
