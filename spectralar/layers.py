@@ -35,12 +35,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     rows = x.shape[0]
     if weight.ndim == 3:
         columns = x.view(rows, -1, BLOCK_WIDTH).permute(1, 2, 0)  # (blocks, 512, B)
-        return torch.bmm(weight, columns).sum(0).t().contiguous() + bias
-    if rows <= 3 and _in_blocks(weight) and weight.shape[0] % BLOCKS == 0:
-        blocks = weight.view(BLOCKS, -1, weight.shape[1])  # (4, D' / 4, D)
+        out = torch.bmm(weight, columns).sum(0)  # (D', B)
+    elif rows <= 3 and _in_blocks(weight) and weight.shape[0] % BLOCKS == 0:
         columns = x.t().expand(BLOCKS, -1, -1)  # (4, D, B)
-        return torch.baddbmm(bias.view(BLOCKS, -1, 1), blocks, columns).view(-1, rows).t().contiguous()
-    return F.linear(x, weight, bias)
+        out = torch.bmm(weight.view(BLOCKS, -1, x.shape[1]), columns).view(-1, rows)  # (D', B)
+    else:
+        return F.linear(x, weight, bias)
+    return torch.add(out.t(), bias, out=x.new_empty(rows, len(bias)))  # contiguous, in one call
 
 
 def _in_blocks(weight: Tensor) -> bool:
