@@ -20,7 +20,7 @@ def block_inputs(weight: Tensor, rows: int) -> Tensor:
     In the other cases the weight itself.
     """
     inputs = weight.shape[1]
-    if rows <= 4 and _in_blocks(weight) and inputs >= 4 * BLOCK_WIDTH and inputs % BLOCK_WIDTH == 0:
+    if _in_blocks(weight) and rows <= 4 and inputs >= 4 * BLOCK_WIDTH and inputs % BLOCK_WIDTH == 0:
         return weight.unflatten(1, (-1, BLOCK_WIDTH)).transpose(0, 1).contiguous()
     return weight
 
@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if weight.ndim == 3:
         columns = x.view(rows, -1, BLOCK_WIDTH).permute(1, 2, 0)  # (blocks, 512, B)
         out = torch.bmm(weight, columns).sum(0)  # (D', B)
-    elif rows <= 3 and _in_blocks(weight) and weight.shape[0] % BLOCKS == 0:
+    elif _in_blocks(weight) and rows <= 3 and weight.shape[0] % BLOCKS == 0:
         columns = x.t().expand(BLOCKS, -1, -1)  # (4, D, B)
         out = torch.bmm(weight.view(BLOCKS, -1, x.shape[1]), columns).view(-1, rows)  # (D', B)
     else:

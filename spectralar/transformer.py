@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -10,6 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .compiled import CompiledStep
 from .layers import AdaLNBlock, KVCache, adaln_step, init_weights, linear
 
 # The paper's model (310M parameters, 64 tokens, ImageNet-1K); the size is VAR-d16's (Tian et al., 2024).
@@ -41,6 +42,7 @@ class SamplingCache(KVCache):
         head_dim = config.hidden_size // config.num_heads
         super().__init__(config.num_layers, batch, config.num_heads, config.num_tokens, head_dim, like=model.position)
         self.parameters = [block.step_parameters(batch) for block in model.blocks]
+        self.positions = torch.arange(config.num_tokens, device=model.device)
 
 
 class SpectralARTransformer(ModelMixin, ConfigMixin):
@@ -79,6 +81,7 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False  # see `enable_gradient_checkpointing`
+        self._compiled_step: CompiledStep | None = None  # see `compile`
         self.class_embed = nn.Embedding(num_classes + 1, hidden_size)
         self.token_embed = nn.Embedding(codebook_size, hidden_size)
         self.position = nn.Parameter(torch.empty(num_tokens, hidden_size))
@@ -144,6 +147,12 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
 
     # ------------------------------------------------------------------------------------------------ inference
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """torch.compile of `forward`, as any module's, and of the sampling step on a CPU, which is then twice as fast
+        for small models. Without a C++ compiler sampling goes on as before, after one log line."""
+        super().compile(*args, **kwargs)
+        self._compiled_step = CompiledStep()
+
     def make_cache(self, batch: int) -> SamplingCache:
         """An empty key/value cache for `batch` sequences of N tokens, in the model's dtype and on its device."""
         return SamplingCache(self, batch)
@@ -167,6 +176,13 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
         if position == 0 and tokens is not None:
             x = self._run(self._embed(tokens, 0, conditioning), conditioning, cache)  # (B, 1 + T, D)
             return self._logits(x[:, -1:], conditioning)[:, 0]
+        if self._compiled_step is not None and tokens is not None and tokens.is_cpu:
+            here = cache.positions[position : position + 1]
+            compiled = self._compiled_step(
+                self, tokens[:, 0], here, tuple(conditioning), cache.parameters, cache.keys, cache.values
+            )
+            if compiled is not None:
+                return _at_least_float32(compiled)
         # A single input. All of it in as few calls as it takes, as `adaln_step`.
         x = conditioning.start if tokens is None else F.embedding(tokens[:, 0], self.token_embed.weight)  # (B, D)
         x = x + self.position[position]

@@ -150,7 +150,8 @@ def _changes(manifest: dict[str, Any], identity: dict[str, Any]) -> str:
     now = _flatten(json.loads(json.dumps(identity)))
     return " and ".join(
         f"{key}={str(before[key])[:16]}, not {str(value)[:16]}"
-        for key, value in now.items() if key in before and before[key] != value
+        for key, value in now.items()
+        if key in before and before[key] != value
     )
 
 

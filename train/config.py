@@ -33,9 +33,21 @@ CHOICES = {
     "decode": ("once", "on-the-fly"),
 }
 FRACTIONS = {"dropout", "label_dropout", "min_lr_ratio", "beta1", "beta2", "ema_decay", "revive_until"}
-MAY_BE_ZERO = {"limit", "seed", "warmup_steps", "weight_decay", "grad_clip", "quantizer_weight", "commitment",
-               "quantize_from", "prefixes_per_step", "adversarial_from", "lecam_weight",
-               "alpha", "early_stopping"}
+MAY_BE_ZERO = {
+    "limit",
+    "seed",
+    "warmup_steps",
+    "weight_decay",
+    "grad_clip",
+    "quantizer_weight",
+    "commitment",
+    "quantize_from",
+    "prefixes_per_step",
+    "adversarial_from",
+    "lecam_weight",
+    "alpha",
+    "early_stopping",
+}
 
 
 @dataclass
@@ -243,11 +255,14 @@ def check_config(config: Config) -> None:
         _check_value(key, name, getattr(getattr(config, section), name) if section else getattr(config, name))
     data, tokenizer = config.data, config.tokenizer
     if (tokenizer.image_size, tokenizer.in_channels) != (data.image_size, data.channels):
-        raise ValueError("tokenizer.image_size and tokenizer.in_channels follow data.image_size and "
-                         "data.channels: set those.")
+        raise ValueError(
+            "tokenizer.image_size and tokenizer.in_channels follow data.image_size and data.channels: set those."
+        )
     if tokenizer.fsq_levels and config.train_tokenizer.rotation_trick:
-        raise ValueError("train_tokenizer.rotation_trick turns gradients onto the entries of a codebook, which "
-                         "tokenizer.fsq_levels has none of: switch one off.")
+        raise ValueError(
+            "train_tokenizer.rotation_trick turns gradients onto the entries of a codebook, which "
+            "tokenizer.fsq_levels has none of: switch one off."
+        )
     for divisor, number in (
         ("tokenizer.patch_size", "data.image_size"),
         ("tokenizer.num_heads", "tokenizer.hidden_size"),
@@ -282,8 +297,10 @@ def _read_preset(preset: str) -> DictConfig:
     if path.suffix not in (".yaml", ".yml"):
         path = CONFIG_DIR / f"{preset}.yaml"
     if not path.is_file():
-        raise ValueError(f"There is no preset {preset!r}: give the path of a .yaml file, or one of "
-                         f"{', '.join(available_presets())}.")
+        raise ValueError(
+            f"There is no preset {preset!r}: give the path of a .yaml file, or one of "
+            f"{', '.join(available_presets())}."
+        )
     try:
         content = OmegaConf.load(path)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -304,8 +321,9 @@ def _merge(base: DictConfig, extra: DictConfig, origin: str) -> DictConfig:
     except OmegaConfBaseException as error:
         kind = known.get(error.full_key or "", "")
         hint = f", in brackets: {error.full_key}=[a,b]" if kind.startswith("list") else ""
-        raise ValueError(f"{origin} has a wrong value for {error.full_key}, which takes {kind}{hint} "
-                         f"({_first_line(error)}).") from error
+        raise ValueError(
+            f"{origin} has a wrong value for {error.full_key}, which takes {kind}{hint} ({_first_line(error)})."
+        ) from error
 
 
 def _dotted_keys(section: type, prefix: str = "") -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Images for training: decoded once, kept as uint8, in an order that depends on the step alone.
 
-    data = load_images(config.data, "train")                                # ImageSet
-    chosen = step_indices(len(data), batch_size=64, seed=0, step=17)        # (64,), equal on every process
-    batch = to_float(augment(data.images[chosen], ["shift"], generator))    # (64, C, H, H) in [-1, 1]
+data = load_images(config.data, "train")                                # ImageSet
+chosen = step_indices(len(data), batch_size=64, seed=0, step=17)        # (64,), equal on every process
+batch = to_float(augment(data.images[chosen], ["shift"], generator))    # (64, C, H, H) in [-1, 1]
 """
 
 import functools
@@ -68,9 +68,7 @@ class Prefetch:
 
     def __call__(self, step: int) -> Any:
         """load(step); more than one call for a step gives the same object."""
-        self._futures = {
-            s: self._futures.get(s) or self._thread.submit(self._load, s) for s in (step, step + 1)
-        }
+        self._futures = {s: self._futures.get(s) or self._thread.submit(self._load, s) for s in (step, step + 1)}
         return self._futures[step].result()
 
 
@@ -100,8 +98,13 @@ def load_images(cfg: DataConfig, split: str) -> ImageSet:
         else:
             pack = _decoded(listing, cfg, folder)
     if pack.broken and on_main():
-        logger.warning("%s: %d of %d images are broken and left out: %s", cfg.source, len(pack.broken),
-                       len(pack.broken) + len(pack.labels), quoted(pack.broken, 3))
+        logger.warning(
+            "%s: %d of %d images are broken and left out: %s",
+            cfg.source,
+            len(pack.broken),
+            len(pack.broken) + len(pack.labels),
+            quoted(pack.broken, 3),
+        )
     return ImageSet(pack.images, pack.labels, _readable(pack.class_names, cfg.class_names), len(pack.broken))
 
 
@@ -123,7 +126,7 @@ def step_indices(n: int, batch_size: int, seed: int, step: int) -> torch.Tensor:
     if steps_per_epoch == 0:
         raise ValueError(f"There are {n} images, fewer than one batch of {batch_size}: lower batch_size.")
     epoch, position = divmod(step, steps_per_epoch)
-    return _permutation(n, seed, epoch)[position * batch_size:(position + 1) * batch_size].clone()
+    return _permutation(n, seed, epoch)[position * batch_size : (position + 1) * batch_size].clone()
 
 
 def augment(
@@ -175,8 +178,12 @@ def _decoded(listing: Listing, cfg: DataConfig, folder: Path) -> Pack:
         return make_pack(listing, cfg, folder)
     except OSError as error:
         if on_main():
-            logger.warning("Decoded images cannot be kept in %s (%s), so each run decodes them anew: set data.cache "
-                           "to another folder.", folder.parent, error)
+            logger.warning(
+                "Decoded images cannot be kept in %s (%s), so each run decodes them anew: set data.cache "
+                "to another folder.",
+                folder.parent,
+                error,
+            )
     images, good = _in_memory(listing, cfg)
     broken = [listing.keys[i] for i in np.flatnonzero(~good)]
     return Pack(torch.from_numpy(images), torch.from_numpy(listing.labels[good]), listing.class_names, broken)
@@ -219,8 +226,7 @@ def _readable(names: list[str], mapping_file: str) -> list[str]:
             f"data.class_names={mapping_file!r} is not a JSON file of raw and readable names ({error})."
         ) from error
     shown = [
-        first if firsts.count(first) == 1 else f"{first} ({name})"
-        for name, first in zip(names, firsts, strict=True)
+        first if firsts.count(first) == 1 else f"{first} ({name})" for name, first in zip(names, firsts, strict=True)
     ]
     return [", ".join([first, *others]) for first, (_, *others) in zip(shown, parts, strict=True)]
 

@@ -42,7 +42,11 @@ def load_tokenizer(folder: Path) -> SpectralTokenizer:
 
 @torch.no_grad()
 def encode_images(
-    tokenizer: SpectralTokenizer, images: Tensor | LazyImages, augmentations: list[str], seed: int, start: int = 0,
+    tokenizer: SpectralTokenizer,
+    images: Tensor | LazyImages,
+    augmentations: list[str],
+    seed: int,
+    start: int = 0,
     stop: int | None = None,
 ) -> Tensor:
     """Codes (stop - start, N) int32 of images (n, C, H, H) uint8, augmented by draws from `seed` and `start`."""

@@ -89,9 +89,7 @@ def evaluate(args: argparse.Namespace, run: Evaluation, train: ImageSet, results
     results["samples"], bank, samples = [], {}, {}
     for scale in args.guidance_scales:
         with timed(run, results, f"samples at guidance scale {scale:g}"):
-            measured, bank[scale], samples[scale] = measure_samples(
-                run, args.samples, scale, real, low_pass, args.npz
-            )
+            measured, bank[scale], samples[scale] = measure_samples(run, args.samples, scale, real, low_pass, args.npz)
             results["samples"].append(measured)
     first = next(iter(run.judges))
     best = min(results["samples"], key=lambda s: s["judged"][first]["fd"])["guidance_scale"]
@@ -187,15 +185,25 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Config]
         help=f"one or more of {', '.join(JUDGES)}: networks whose features are compared; the first one picks the best "
         "guidance scale (default: classifier)")  # fmt: skip
     add("--classifier", type=Path, metavar="FOLDER", help="of that judge (default: classifier, beside the model)")
-    add("--perceptual", choices=[*PERCEPTUAL_LOSSES, "none"], default=PERCEPTUAL_LOSSES[0], metavar="NAME",
-        help=f"network of perceptual distances, {', '.join(PERCEPTUAL_LOSSES)} or none (default: %(default)s)")
+    add(
+        "--perceptual",
+        choices=[*PERCEPTUAL_LOSSES, "none"],
+        default=PERCEPTUAL_LOSSES[0],
+        metavar="NAME",
+        help=f"network of perceptual distances, {', '.join(PERCEPTUAL_LOSSES)} or none (default: %(default)s)",
+    )
     add("--output", type=Path, metavar="FOLDER", help="of the results (default: evaluation, beside the model)")
     add("--samples", type=_count, default=5000, metavar="N", help="at each guidance scale (default: %(default)s)")
     add("--images", type=_count, default=10000, metavar="N", help="held out, and of training (default: %(default)s)")
     add("--prefix-images", type=_count, default=2000, metavar="N",
         help="images, and samples, to measure at several prefix lengths (default: %(default)s)")  # fmt: skip
-    add("--neighbours", type=_count, default=1000, metavar="N",
-        help="samples, and held-out images, whose nearest training images are found (default: %(default)s)")
+    add(
+        "--neighbours",
+        type=_count,
+        default=1000,
+        metavar="N",
+        help="samples, and held-out images, whose nearest training images are found (default: %(default)s)",
+    )
     add("--guidance-scales", type=_scale, nargs="+", default=[1.0, 1.5, 2.0, 3.0], metavar="W",
         help="one or more (default: 1 1.5 2 3)")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N",

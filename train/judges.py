@@ -256,9 +256,7 @@ def round_to_8_bits(images: Tensor) -> Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
-def compare(
-    real: Judged, fake: Judged, labels: Tensor, manifold_images: int, paired: bool = False
-) -> dict[str, Any]:
+def compare(real: Judged, fake: Judged, labels: Tensor, manifold_images: int, paired: bool = False) -> dict[str, Any]:
     """All measures of a set of images against real ones.
 
     Args:

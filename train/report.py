@@ -234,9 +234,7 @@ def _neighbours(r: dict[str, Any]) -> str:
 def _positions(r: dict[str, Any]) -> str:
     loss, book = r["next_token_loss"], r["codebook"]["perplexity_by_position"]
     train, heldout = loss["train_by_position"], loss["heldout_by_position"]
-    rows = [
-        [k, f"{train[k - 1]:.3f}", f"{heldout[k - 1]:.3f}", f"{book[k - 1]:.0f}"] for k in r["prefixes"]["shown"]
-    ]
+    rows = [[k, f"{train[k - 1]:.3f}", f"{heldout[k - 1]:.3f}", f"{book[k - 1]:.0f}"] for k in r["prefixes"]["shown"]]
     return table(["Position", "Loss, training (nats)", "Loss, held out (nats)", "Codebook perplexity"], rows) + (
         "\n\nA loss far lower on training images than on held-out ones is memorising."
     )

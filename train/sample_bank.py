@@ -43,9 +43,7 @@ def sample_bank(
         path, identity = shard(int(indices[0]))
         if len(_stored_codes(path, identity)) < len(indices):
             generators = [torch.Generator().manual_seed((seed + i) % 2**63) for i in indices.tolist()]
-            output = pipe(
-                labels[indices], guidance_scale=guidance_scale, generator=generators, output_type="latent"
-            )
+            output = pipe(labels[indices], guidance_scale=guidance_scale, generator=generators, output_type="latent")
             write_shard(path, output.codes.cpu(), labels[indices], identity)
 
     team.map(fill, SHARD, f"sampling, guidance scale {guidance_scale:g}", torch.arange(samples))

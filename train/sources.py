@@ -26,7 +26,16 @@ if TYPE_CHECKING:
 FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"  # of the Debian package dataset-fashion-mnist
 FASHION_MNIST_FILES = {"train": "train", "test": "t10k"}  # split: how its file names start
 FASHION_MNIST_CLASSES = [
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
 ]
 FASHION_MNIST_SIZE = 32  # 28 pixels and a black margin: unlike 28, patches of 8 or 16 pixels tile it
 HELD_OUT = 0.1  # share of each class kept for measuring, where a source has no split for that
@@ -216,7 +225,8 @@ def _class_folders(cfg: DataConfig, root: Path, split: str) -> Listing:
     paths, labels = [], []
     for label, name in enumerate(class_names):
         found = sorted(
-            path for path in (own_root / name).rglob("*")
+            path
+            for path in (own_root / name).rglob("*")
             if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
         )
         paths += found

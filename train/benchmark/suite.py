@@ -41,7 +41,6 @@ class Suite:
         self.models = Models(self.device, torch.float32 if on_cpu else torch.bfloat16)
         self.machine = Machine(self.device, self.models.dtype, self.clock)
 
-
     def time(self, functions: dict[str, Callable[[], object]], part: float = 1.0) -> dict[str, list[float]]:
         """Seconds of every call, the functions taking turns, in a part of the figure's budget."""
         return interleave(functions, part * self.budget_s, self.device, self.clock)
