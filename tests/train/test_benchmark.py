@@ -11,7 +11,7 @@ import torch
 from spectralar import SpectralARTransformer
 from tests.helpers import tiny_pipeline, tiny_transformer
 from train.benchmark import __main__ as benchmark
-from train.benchmark import models, program, suite
+from train.benchmark import models, program, sampling, suite
 from train.benchmark.measure import (
     Machine,
     Result,
@@ -201,6 +201,8 @@ def toy_suite() -> Suite:
 def test_the_suite_runs_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(program, "REPEATS", 1)
     monkeypatch.setattr(suite, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(sampling, "which", lambda _: "g++")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # minutes: tests/test_compiled.py does one
     monkeypatch.setattr(benchmark, "Suite", lambda device, clock, **_: Suite(device, True, TOY, TOY_LARGE, 0.0, clock))
     monkeypatch.setattr(benchmark, "DEVICES", ("cpu",))
     output = tmp_path / "reports" / "benchmark.json"
@@ -228,6 +230,7 @@ def test_the_suite_runs_end_to_end(tmp_path, monkeypatch, capsys):
         ("streaming", "toy, batch 1"): "first image after",
         ("all prefix frames, bfloat16", "toy"): "dB PSNR to float32's frames",
         ("sampling, bfloat16", "toy, batch 1"): "",
+        ("sampling, compiled", "toy, batch 1"): "",
         ("training step", "toy, transformer, batch 64"): "GFLOP a step",
         ("import", "spectralar"): "",
         ("page", "start to ready"): "",

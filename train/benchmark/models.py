@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -231,10 +232,22 @@ def _next_scale_block(block, x: Tensor, modulation: Tensor, cache: KVCache, laye
     return torch.addcmul(x, gate2, block.mlp(torch.addcmul(shift2, block.norm2(x), scale2)))
 
 
-def llama_sampler(transformer: SpectralARTransformer, rows: int, cache: str) -> Callable[[], Tensor]:
+def compiled_sampler(pipeline: SpectralARPipeline, batch: int) -> Callable[[], Tensor]:
+    """`sampler` of a copy whose step is compiled."""
+    transformer = copy.deepcopy(pipeline.transformer)
+    transformer.compile()
+    compiled = SpectralARPipeline(pipeline.tokenizer, transformer)
+    compiled.set_progress_bar_config(disable=True)
+    return sampler(compiled, batch)
+
+
+def llama_sampler(
+    transformer: SpectralARTransformer, rows: int, cache: str, compiled: bool = False
+) -> Callable[[], Tensor]:
     """`LlamaForCausalLM.generate` at the same depth, width, heads, vocabulary and number of tokens.
 
     Classes are extra words. Its gated MLP has three matrices where ours has two, so it is two thirds as wide.
+    `compiled`: its forward pass goes through torch.compile, as transformers itself does on GPUs with a static cache.
     `rows` counts unconditional rows too, but they are sampled as if they were images of their own: transformers'
     own guidance runs a second pass for them, which is slower.
     """
@@ -256,6 +269,8 @@ def llama_sampler(transformer: SpectralARTransformer, rows: int, cache: str) -> 
         attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(llama_config).eval().requires_grad_(False).to(device, transformer.dtype)
+    if compiled:
+        model.forward = torch.compile(model.forward, dynamic=False)
     start = torch.tensor(labels_of(transformer, rows), device=device)[:, None] + config.codebook_size  # (rows, 1)
     settings = GenerationConfig(
         max_new_tokens=config.num_tokens, min_new_tokens=config.num_tokens, do_sample=True, top_k=0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from shutil import which
 
 import torch
 
@@ -11,6 +12,7 @@ from .models import (
     GUIDANCE,
     Shape,
     cache_traffic,
+    compiled_sampler,
     llama_sampler,
     next_scale_sampler,
     plain_sampler,
@@ -45,7 +47,10 @@ def figures(suite: Suite) -> list[Figure]:
                 skip = "left out of the quick run"
             setting = f"{shape.name}, batch {batch}"
             found.append(Figure("sampling", setting, lambda s=shape, b=batch: against_others(suite, s, b), skip))
-    if on_cpu:  # on CUDA all is bfloat16
+    if on_cpu:  # on CUDA steps are graphs, and all is bfloat16
+        setting = f"{small.name}, batch 1"
+        skip = "" if any(map(which, ("g++", "clang++", "c++"))) else "no C++ compiler"
+        found.append(Figure("sampling, compiled", setting, lambda: compiled(suite, small, 1), skip))
         skip = "" if suite.fast_bfloat16 else "this CPU has no instructions for bfloat16"
         for shape, batch in ((small, 1), (large, 1), (large, 4)):
             setting = f"{shape.name}, batch {batch}"
@@ -53,6 +58,21 @@ def figures(suite: Suite) -> list[Figure]:
                 Figure("sampling, bfloat16", setting, lambda s=shape, b=batch: in_bfloat16(suite, s, b), skip)
             )
     return found
+
+
+def compiled(suite: Suite, shape: Shape, batch: int) -> Result:
+    """Guided sampling through torch.compile, and the Llama too."""
+    pipeline = suite.models[shape]
+    functions = {"compiled": compiled_sampler(pipeline, batch), "plain": sampler(pipeline, batch)}
+    baselines = {"plain": "without torch.compile"}
+    if find_spec("transformers") is not None:
+        baselines |= {"dynamic": "Llama, dynamic cache", "static": "compiled Llama, static cache"}
+        functions["dynamic"] = llama_sampler(pipeline.transformer, 2 * batch, "dynamic")
+        functions["static"] = llama_sampler(pipeline.transformer, 2 * batch, "static", compiled=True)
+    samples = suite.time(functions)
+    time = {name: value * 1e3 for name, value in medians(samples).items()}
+    comparisons = [faster(time["compiled"], text, time[name]) for name, text in baselines.items()]
+    return Result(time["compiled"], "ms a batch", comparisons, samples=samples)
 
 
 def in_bfloat16(suite: Suite, shape: Shape, batch: int) -> Result:
