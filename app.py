@@ -12,6 +12,7 @@ except ImportError:
 
 from spectralar.demo.model import Model, find_models
 from spectralar.demo.page import build, launch_options
+from spectralar.demo.threads import limit_threads
 
 MODELS = Path(__file__).parent / "assets" / "models"
 
@@ -42,6 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
+    limit_threads()
     models = [Model.load(source, options.device) for source in options.model]
     build(*models).launch(
         server_name=options.host,

@@ -1,0 +1,42 @@
+"""As many threads as there is CPU time for: in a container torch counts the cores of the whole machine."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+
+def limit_threads() -> None:
+    """Lowers torch's number of threads to `usable_cpus`; what OMP_NUM_THREADS asks for stays if it is less."""
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
+
+
+def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup"), environment: Mapping[str, str] = os.environ) -> int:
+    """CPUs that this process may use, at least 1: by its affinity, the quota of its cgroup (v2 or v1), and on a
+    Hugging Face Space what $CPU_CORES says."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    limits = [len(affinity(0)) if affinity else os.cpu_count() or 1]
+    quota, period = (_read(cgroup / "cpu.max") or "max 100000").split()
+    if quota == "max":
+        quota, period = (_read(cgroup / "cpu" / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    limits += [_number(quota) / (_number(period) or math.inf), _number(environment.get("CPU_CORES"))]
+    return max(1, math.ceil(min(limit for limit in limits if limit > 0)))
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _number(text: str | None) -> float:
+    """0 where there is none; a quota of -1 is none."""
+    try:
+        return float(text or 0)
+    except ValueError:
+        return 0.0
