@@ -195,38 +195,45 @@ def test_a_run_out_of_time_stops_with_a_checkpoint(scripts, command, reference, 
     assert_same_run(tmp_path, reference, "tokenizer")
 
 
-def test_twenty_kills_at_random_moments_with_a_full_disk_and_damage_among_them(scripts, command, tmp_path):
+@pytest.mark.parametrize("stage", STAGES)
+def test_twenty_kills_at_random_moments_with_a_full_disk_and_damage_among_them(scripts, command, tmp_path, stage):
     """Moments are counted in processor time, of which start and steps take as much: they fall anywhere."""
-    settings = [f"train_tokenizer.{key}" for key in ("steps=150", "checkpoint_every=3", "log_every=20")]
-    argv = command("tokenizer", *settings)
+    script = f"train_{stage}"
+    settings = [f"{script}.{key}" for key in ("steps=150", "checkpoint_every=3", "log_every=20")]
+    argv = command(stage, *settings)
     whole = tmp_path / "whole"
-    started = processor_time(scripts, [*argv, "--dry-run"])
-    assert scripts.run("train_tokenizer", [*argv, "--output", whole])[0] == 0
+    for earlier in tmp_path.glob("[!w]*"):  # what the stage starts from
+        shutil.copytree(earlier, whole / earlier.name)
+    started, _ = run_until(scripts, script, [*argv, "--dry-run"])
+    assert scripts.run(script, [*argv, "--output", whole])[0] == 0
 
     random_moment = random.Random(0)
-    full, cut = False, False
+    full, cut, said = False, None, ""
     for attempt in range(20):
-        checkpoints = sorted((tmp_path / "train_tokenizer" / "checkpoints").glob("step-????????"))
+        checkpoints = sorted((tmp_path / script / "checkpoints").glob("step-????????"))
         if attempt >= 7 and checkpoints and not full:
-            code, text = scripts.run("train_tokenizer", argv, file_limit=20_000)
+            code, text = scripts.run(script, argv, file_limit=20_000)
             full = code == 1 and "no checkpoint could be written" in text and "Traceback" not in text
             assert full, text
         if attempt >= 13 and len(checkpoints) == 2 and not cut:
-            weights = checkpoints[-1] / "model.safetensors"
+            cut = checkpoints[-1]
+            weights = cut / "model.safetensors"
             weights.write_bytes(weights.read_bytes()[:-1])
-            cut = True
         limit = random_moment.uniform(0.1, 1.6) * started
-        assert processor_time(scripts, argv, limit) >= limit, "the run ended before it could be killed"
+        spent, text = run_until(scripts, script, argv, limit)
+        assert spent >= limit, "the run ended before it could be killed"
+        said += text
     assert full and cut
 
-    code, text = scripts.run("train_tokenizer", argv)
+    code, text = scripts.run(script, argv)
     assert code == 0, text
-    assert_same_run(tmp_path, whole, "tokenizer")
+    assert f"{cut} is damaged" in said + text
+    assert_same_run(tmp_path, whole, stage)
 
 
-def processor_time(scripts, argv: list, limit: float = math.inf) -> float:
-    """Seconds of processor time that a run of stage 1 took: to its end, or until it is killed at `limit`."""
-    run = scripts.start("train_tokenizer", argv)
+def run_until(scripts, script: str, argv: list, limit: float = math.inf) -> tuple[float, str]:
+    """Runs a script to its end, or until `limit` seconds of processor time, when it is killed: seconds and output."""
+    run = scripts.start(script, argv)
     process, spent = psutil.Process(run.pids[0]), 0.0
     while process.status() != psutil.STATUS_ZOMBIE and spent < limit:
         spent = sum(process.cpu_times()[:2])
@@ -234,7 +241,7 @@ def processor_time(scripts, argv: list, limit: float = math.inf) -> float:
     run.kill()
     code, text = run.wait()
     assert code in (0, -signal.SIGKILL) and "Traceback" not in text, text
-    return spent
+    return spent, text
 
 
 # ------------------------------------------------------------------------------------------------ damage
