@@ -114,7 +114,7 @@ def test_the_rotation_trick_turns_the_gradient_with_the_latent():
     unit = F.normalize(latents, dim=-1).requires_grad_()
     output = quantizer(unit)
     entries = quantizer.lookup(output.codes).detach()
-    torch.testing.assert_close(output.quantized, entries, rtol=0, atol=1e-15)  # values are the entries, exactly
+    assert torch.equal(output.quantized, entries)  # exactly
     upstream = torch.randn(3, 5, 4, dtype=torch.float64)
     (output.quantized * upstream).sum().backward()
     # The rotation in the plane of latent and entry, written as an exponential: exp(angle (q e^T - e q^T)), q upright.
@@ -204,10 +204,18 @@ def test_grid_points_and_codes_correspond_one_to_one():
     half = torch.tensor([3, 2, 1.5])
     latents = torch.atanh(((points * width + offset) / half).clamp(-0.999, 0.999)) - torch.atanh(offset / half)
     assert torch.equal(quantizer.encode(latents[None])[0], codes)
-    for dtype in (torch.float16, torch.bfloat16):
-        assert torch.equal(FiniteScalarQuantizer([7, 5, 4]).to(dtype).encode(latents[None])[0], codes)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(quantizer.encode(latents[None])[0], codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_finite_scalars_are_bounded_in_float32_whatever_the_weights(dtype):
+    full, half = (FiniteScalarQuantizer([7, 5, 4]).to(x) for x in (torch.float32, dtype))
+    latents = torch.randn(64, 32, 3).to(dtype)
+    codes = full.encode(latents.float())
+    assert torch.equal(half.encode(latents), codes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(full.encode(latents), codes)
+    # Half precision rounds some to another value, which the test above must be able to see.
+    assert not torch.equal((3 * latents[..., 0].tanh()).round().float(), (3 * latents[..., 0].float().tanh()).round())
 
 
 def test_finite_scalars_pass_gradients_straight_through_the_rounding():
@@ -240,6 +248,24 @@ def test_only_entries_idle_for_long_enough_are_revived():
     places = (moved @ onto.T).argmax(dim=-1)
     torch.testing.assert_close(moved, onto[places])
     assert places[0] != places[1]  # no latent twice
+
+
+def test_latents_are_drawn_anew_at_each_step_and_with_each_seed():
+    latents = torch.randn(1, 64, 3)
+
+    def drawn(seed: int, step: int, fill: bool) -> tuple[int, ...]:
+        quantizer = VectorQuantizer(5, 3)
+        revival = CodebookRevival(quantizer, patience=1, seed=seed)
+        if fill:
+            revival.fill(latents, step)
+        else:
+            assert revival.update(torch.zeros(1, 64).long(), latents, step) == 4
+        return tuple((quantizer.codebook[1:] @ F.normalize(latents[0], dim=-1).T).argmax(dim=-1).tolist())
+
+    for fill in (False, True):
+        draws = {drawn(seed, step, fill) for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0))}
+        assert len(draws) == 3
+        assert all(draw != tuple(sorted(draw)) for draw in draws)  # neither the first nor in their order
 
 
 def test_more_dead_entries_than_latents():
