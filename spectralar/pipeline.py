@@ -5,75 +5,31 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import BaseOutput
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 from torch import Tensor
 
+from .arguments import GenerationArguments, as_codes, prepare
 from .cuda_graphs import token_generator
 from .image import ImageInput, to_model_input
 from .labels import ClassLabels, LabelNames
-from .sampling import check_sampling_arguments, draw_uniforms
+from .pipeline_output import OUTPUT_TYPES, Images, SpectralARPipelineOutput, SpectralARStep, as_output, to_output
 from .streaming import FrameStream
 from .tokenizer import SpectralTokenizer
 from .transformer import SpectralARTransformer
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 # Saved beside the weights, so that `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline",
 # trust_remote_code=True)` finds the class.
 PIPELINE_FILE = "from spectralar.pipeline import SpectralARPipeline  # noqa: F401\n"
-
-Images = list[Image.Image] | np.ndarray | Tensor
-
-
-@dataclass
-class SpectralARPipelineOutput(BaseOutput):
-    """What a call of the pipeline returns.
-
-    Args:
-        images: a list of B PIL images, an array (B, H, H, C) or a tensor (B, C, H, H) in [0, 1], or the codes.
-        codes: (B, n) int64.
-    """
-
-    images: Images
-    codes: Tensor
-
-
-@dataclass
-class SpectralARStep:
-    """One event of `SpectralARPipeline.stream`: the images of the prefix so far."""
-
-    index: int  # number of tokens so far
-    images: Images
-    codes: Tensor  # (B, index) int64
-
-
-@dataclass
-class _Run:
-    """The arguments of one generation, checked and on the device."""
-
-    class_labels: Tensor  # (B,) int64
-    codes: Tensor  # (B, n) int64, filled from the left; starts with the given prefix
-    prefix_length: int
-    uniforms: Tensor  # (B, N) in [0, 1)
-    guidance_scale: float
-    sampling: dict[str, Any]  # guidance_schedule, temperature, top_k, top_p
-    output_type: str
-    callback: Callable | None
-    callback_tensor_inputs: list[str]
-
 
 class SpectralARPipeline(DiffusionPipeline):
     r"""
@@ -205,14 +161,15 @@ class SpectralARPipeline(DiffusionPipeline):
         Raises:
             ValueError: if an argument is out of range; the message says what would be right.
         """
-        run = self._prepare(
-            class_labels, num_images_per_prompt, guidance_scale, guidance_schedule, num_tokens, temperature, top_k,
-            top_p, prefix_codes, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs,
+        run = prepare(
+            self, class_labels, num_images_per_prompt, guidance_scale, guidance_schedule, num_tokens, temperature,
+            top_k, top_p, prefix_codes, generator, output_type, callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         try:
             for codes, _ in self._generate(run):  # noqa: B007
                 pass
-            images = codes if output_type == "latent" else self._to_output(self._decode(codes), output_type)
+            images = codes if output_type == "latent" else to_output(self._decode(codes), output_type)
         finally:
             self.maybe_free_model_hooks()
         if not return_dict:
@@ -249,14 +206,15 @@ class SpectralARPipeline(DiffusionPipeline):
         """
         if not isinstance(every, Integral) or every < 1:
             raise ValueError(f"every must be an integer of at least 1, got {every}.")
-        run = self._prepare(
-            class_labels, num_images_per_prompt, guidance_scale, guidance_schedule, num_tokens, temperature, top_k,
-            top_p, prefix_codes, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs,
+        run = prepare(
+            self, class_labels, num_images_per_prompt, guidance_scale, guidance_schedule, num_tokens, temperature,
+            top_k, top_p, prefix_codes, generator, output_type, callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         return self._stream(run, every)
 
     @torch.no_grad()
-    def _stream(self, run: _Run, every: int) -> Iterator[SpectralARStep]:
+    def _stream(self, run: GenerationArguments, every: int) -> Iterator[SpectralARStep]:
         kind = run.output_type
         frames = FrameStream(self.tokenizer, run.codes.shape[0], every, on_host=kind != "pt")
 
@@ -264,7 +222,7 @@ class SpectralARPipeline(DiffusionPipeline):
             """The events; returns whether one was answered with an interruption, after which there are no more."""
             for codes, images in ready:
                 interrupted_before = self._interrupt
-                yield SpectralARStep(codes.shape[1], self._as_output(images, kind), codes)
+                yield SpectralARStep(codes.shape[1], as_output(images, kind), codes)
                 if self._interrupt and not interrupted_before:
                     return True
             return False
@@ -290,7 +248,7 @@ class SpectralARPipeline(DiffusionPipeline):
         finally:
             self.maybe_free_model_hooks()
 
-    def _generate(self, run: _Run) -> Iterator[tuple[Tensor, int]]:
+    def _generate(self, run: GenerationArguments) -> Iterator[tuple[Tensor, int]]:
         """The token loop. Yields the codes so far (B, t), and how many of them are as they were the last time."""
         self._guidance_scale, self._interrupt = run.guidance_scale, False
         start, total = run.prefix_length, run.codes.shape[1]
@@ -313,7 +271,7 @@ class SpectralARPipeline(DiffusionPipeline):
                 bar.update()
                 yield run.codes[:, : index + 1].clone(), unchanged
 
-    def _call_back(self, run: _Run, index: int) -> int:
+    def _call_back(self, run: GenerationArguments, index: int) -> int:
         """Calls the callback, if any, after token `index`; how many of the codes are as they were before it."""
         if run.callback is None:
             return index
@@ -369,91 +327,13 @@ class SpectralARPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES[:-1]:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES[:-1])}, got {output_type!r}.")
         try:
-            return self._to_output(self._decode(self._as_codes(codes, "codes"), num_tokens), output_type)
+            return to_output(self._decode(as_codes(codes, "codes", self._execution_device), num_tokens), output_type)
         finally:
             self.maybe_free_model_hooks()
 
     def _decode(self, codes: Tensor, num_tokens: int | Tensor | Sequence[int] | None = None) -> Tensor:
         self._onload(self.tokenizer)
         return self.tokenizer.decode(codes, num_tokens)
-
-    def _to_output(self, x: Tensor, output_type: str) -> Images | list[list[Image.Image]]:
-        """Images (..., C, H, H) in [-1, 1] as the caller wants them."""
-        return self._as_output((x / 2 + 0.5).clamp(0, 1), output_type)
-
-    def _as_output(self, x: Tensor, output_type: str) -> Images | list[list[Image.Image]]:
-        """The same of images in [0, 1]."""
-        if output_type == "pt":
-            return x
-        array = x.movedim(-3, -1).float().cpu().numpy()  # (..., H, H, C)
-        if output_type == "np":
-            return array
-        return self.numpy_to_pil(array) if array.ndim == 4 else [self.numpy_to_pil(frames) for frames in array]
-
-    # ------------------------------------------------------------------------------------------------ arguments
-
-    def _prepare(
-        self, class_labels, num_images_per_prompt, guidance_scale, guidance_schedule, num_tokens, temperature, top_k,
-        top_p, prefix_codes, generator, output_type, callback, callback_tensor_inputs,
-    ) -> _Run:  # fmt: skip
-        """Checks the arguments of a generation and draws its random numbers."""
-        limit = self.transformer.config.num_tokens
-        num_tokens = limit if num_tokens is None else num_tokens
-        if not isinstance(num_tokens, Integral) or not 1 <= num_tokens <= limit:
-            raise ValueError(f"num_tokens must be an integer between 1 and {limit}, got {num_tokens}.")
-        if not isinstance(num_images_per_prompt, Integral) or num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be an integer of at least 1, got {num_images_per_prompt}.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
-        codebook_size = self.transformer.config.codebook_size
-        check_sampling_arguments(codebook_size, temperature, top_k, top_p, guidance_scale, guidance_schedule)
-        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
-            callback_tensor_inputs = callback.tensor_inputs
-        if unknown := set(callback_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs may name {self._callback_tensor_inputs}, not {sorted(unknown)}."
-            )
-        ids = self.get_label_ids(class_labels)
-        if not ids:
-            raise ValueError("at least one class label is needed.")
-        device = self._execution_device
-        labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)  # (B,)
-        codes = torch.zeros(len(labels), num_tokens, dtype=torch.int64, device=device)
-        prefix_length = 0
-        if prefix_codes is not None:
-            prefix = self._as_prefix(prefix_codes, len(ids), num_images_per_prompt, num_tokens)  # (B, k)
-            prefix_length = prefix.shape[1]
-            codes[:, :prefix_length] = prefix
-        # All N numbers, however many are used: an image is a prefix of the one with more tokens.
-        uniforms = draw_uniforms(len(labels), limit, generator, device)
-        sampling = {
-            "guidance_schedule": guidance_schedule, "temperature": temperature, "top_k": top_k, "top_p": top_p
-        }  # fmt: skip
-        return _Run(
-            labels, codes, prefix_length, uniforms, guidance_scale, sampling, output_type, callback,
-            list(callback_tensor_inputs),
-        )  # fmt: skip
-
-    def _as_prefix(self, prefix_codes, num_labels: int, num_images_per_prompt: int, num_tokens: int) -> Tensor:
-        """Prefix codes with a row for each image: (R, k) -> (B, k)."""
-        batch = num_labels * num_images_per_prompt
-        prefix = self._as_codes(prefix_codes, "prefix_codes")
-        if prefix.ndim != 2 or prefix.shape[0] not in (1, num_labels, batch) or prefix.shape[1] > num_tokens:
-            rows = ", ".join(map(str, sorted({1, num_labels, batch})))
-            raise ValueError(
-                f"prefix_codes must have shape (R, k) with R of {rows} and k of at most {num_tokens} tokens, "
-                f"got {tuple(prefix.shape)}."
-            )
-        if prefix.shape[1]:
-            prefix = self.tokenizer._check_codes(prefix)
-        return prefix.repeat_interleave(batch // prefix.shape[0], dim=0)
-
-    def _as_codes(self, codes: Tensor | Sequence[Sequence[int]], name: str) -> Tensor:
-        """Codes from a tensor, an array or nested lists (JSON), on the device of the pipeline."""
-        try:
-            return torch.as_tensor(codes, device=self._execution_device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{name} must be a rectangular array of integers: {error}.") from error
 
     def _onload(self, module: torch.nn.Module) -> None:
         """Moves a component to its device under model offloading, whose hooks know of `forward` only."""

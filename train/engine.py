@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoints import Checkpoints
+from .clock import StepClock
 from .config import Config, StageConfig, config_to_dict, save_config
 from .data import ImageSet, Prefetch, step_indices
 from .optimizers import make_optimizer
@@ -68,37 +69,6 @@ def make_accelerator(**options: Any) -> Accelerator:
     # for gloo's thread without letting go of Python's lock, and that thread may be waiting for the lock.
     _PROCESS_GROUPS.append(dist.group.WORLD)
     return accelerator
-
-
-class StepClock:
-    """Wall time of steps and, apart, of their data; without what is no training (measuring, sampling, saving).
-
-    On an accelerator it is right over an interval that ends by waiting for the device, as reading a loss does.
-    """
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self._start, self._data, self._paused = time.perf_counter(), 0.0, 0.0
-
-    @contextmanager
-    def data(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._data += time.perf_counter() - start
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
-
-    def read(self) -> tuple[float, float]:
-        """Seconds of training since the last reading, and the share of them that went into data; starts again."""
-        seconds, data = time.perf_counter() - self._start - self._paused, self._data
-        self.restart()
-        return seconds, data / seconds
 
 
 class Run:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from spectralar.demo.model import Model, best_device, find_models, to_pixels
 from spectralar.demo.page import build
+from spectralar.pipeline_output import to_output
 from tests.demo.conftest import tiny_model
 from tests.helpers import tiny_pipeline
 
@@ -46,9 +47,9 @@ def test_a_search_finds_all_names_of_a_class():
     assert of_classes[0].value == "goldfish" and of_classes[0].choices[3] == ("tree, oak", "tree")
 
 
-def test_pixels_are_the_pipelines_own(colour_model):
+def test_pixels_are_the_pipelines_own():
     x = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(1))
-    images = colour_model.pipe._to_output(x * 2 - 1, "pil")
+    images = to_output(x * 2 - 1, "pil")
     np.testing.assert_array_equal(to_pixels((x * 2 - 1) / 2 + 0.5), np.stack([np.asarray(image) for image in images]))
 
 

@@ -14,12 +14,13 @@ import torch
 from spectralar.analysis import psnr
 from spectralar.spectral import cutoff_schedule, low_pass
 from tests.helpers import tiny_tokenizer
-from train import checkpoints, engine
+from train import checkpoints, clock, engine
 from train.checkpoints import publish, read_manifest
+from train.clock import StepClock
 from train.command_line import parse_arguments
 from train.config import Config, StageConfig, TokenizerStage
 from train.data import ImageSet
-from train.engine import Run, StepClock, evenly, learning_rate
+from train.engine import Run, evenly, learning_rate
 from train.train_tokenizer import evaluate, nested_loss, sample_lengths
 
 # ------------------------------------------------------------------------------------------------ optimisation
@@ -159,17 +160,17 @@ def test_images_read_ahead_are_those_of_the_slices_each_once_an_epoch():
 
 def test_clock_leaves_out_pauses_and_tells_data_apart(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: now[0])
-    clock = StepClock()
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    steps = StepClock()
     for _ in range(2):
-        with clock.data():
+        with steps.data():
             now[0] += 1
         now[0] += 3
-    with clock.pause():
+    with steps.pause():
         now[0] += 100
-    assert clock.read() == (8.0, 0.25)
+    assert steps.read() == (8.0, 0.25)
     now[0] += 2
-    assert clock.read() == (2.0, 0.0)
+    assert steps.read() == (2.0, 0.0)
 
 
 @pytest.mark.parametrize("kind", engine.SHARDED)
