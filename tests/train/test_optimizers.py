@@ -41,7 +41,8 @@ def test_only_weights_of_projections_decay(make):
 @MODELS
 def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(make):
     model = make()
-    optimizer = make_optimizer(model, StageConfig(optimizer="muon"))
+    optimizer = make_optimizer(model, StageConfig(optimizer="muon", weight_decay=0.3))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
     muon, *rest = [names_in(group, model) for group in optimizer.param_groups]
     blocks = ("blocks.", "encoder.", "decoder.")
     assert muon == {
@@ -52,7 +53,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(make):
 
 
 def test_muon_steps_are_orthogonal_and_as_large_as_those_of_adamw():
-    model = tiny_transformer()
+    model = tiny_transformer(hidden_size=128)  # wide enough for other scalings to be far off
     weight = model.blocks[0].mlp.up.weight
     before = weight.detach().clone()
     optimizer = make_optimizer(model, StageConfig(optimizer="muon", lr=1e-2, weight_decay=0.0))
@@ -70,6 +71,7 @@ def test_a_saved_optimizer_goes_on_exactly():
     for seed in range(3):
         give_gradients(model, seed)
         optimizer.step()
+    assert optimizer.state.keys() == set(model.parameters())
     twin = tiny_tokenizer()
     twin.load_state_dict(model.state_dict())
     resumed = make_optimizer(twin, StageConfig(optimizer="muon"))
