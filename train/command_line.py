@@ -28,7 +28,7 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> tuple[ar
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="a few steps, their speed, and nothing written")
     args, config = parse_settings(parser, argv)
-    if args.dry_run:
+    if args.dry_run and config.data.decode == "once":
         config.data.decode = "on-the-fly"  # nothing is written, the decoded images neither
     args.output = args.output or Path("runs") / config.name
     if args.output.exists() and not args.output.is_dir():

@@ -30,7 +30,7 @@ CHOICES = {
     "adversarial": ("", "patchgan"),
     "prefix_law": ("uniform", "powers", "mixed"),
     "perceptual": ("", "efficientnet-lite0", "lpips-vgg"),  # see train.losses
-    "decode": ("once", "on-the-fly"),
+    "decode": ("once", "on-the-fly", "stream"),
 }
 FRACTIONS = {"dropout", "label_dropout", "min_lr_ratio", "beta1", "beta2", "ema_decay", "revive_until"}
 MAY_BE_ZERO = {
@@ -65,7 +65,8 @@ class DataConfig:
     augment: list[str] = field(default_factory=list)  # any of "flip", "shift", "crop"; applied in this order
     class_names: str = ""  # JSON file, raw class name -> readable names ("a, b" or a list; the first is shown)
     cache: str = ""  # folder of decoded images, for later runs too; "" = $SPECTRALAR_CACHE, else ~/.cache/spectralar
-    decode: str = "once"  # "once" = keep decoded images in `cache`; "on-the-fly" = at each use, if none are there
+    decode: str = "once"  # "once" = keep in `cache`; "on-the-fly" = at each use, if not kept; "stream" = read then too
+    window: int = 8192  # stream: images shuffled together; two windows of encoded images are held in memory
     limit: int = 0  # use only so many images of a split, a fixed random choice; 0 = all
 
 

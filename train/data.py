@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from .config import DataConfig
 from .decoding import LazyImages, Pack, decode_in_chunks, make_pack, on_main, pack_folder, read_pack
 from .sources import Listing, list_images, quoted, source_version
+from .streams import StreamedImages, list_stream
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,20 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def permutation(self) -> Callable[[int, int], torch.Tensor] | None:
+        """Of a stream, (seed, epoch) -> the order of its images (n,); None: any order is as good."""
+        return self.images.permutation if isinstance(self.images, StreamedImages) else None
+
+    def evenly(self, count: int) -> torch.Tensor:
+        """min(n, count) positions spread evenly: of a data set sorted by class, some of every class."""
+        return self.images.evenly(count) if isinstance(self.images, StreamedImages) else evenly(len(self), count)
+
+    def expect(self, batch_size: int, seed: int, step: int) -> None:
+        """Says which step comes: a stream has its images read, and some that come after."""
+        if isinstance(self.images, StreamedImages):
+            self.images.expect(batch_size, seed, step)
 
     def gather(self, chosen: torch.Tensor, pin: bool = False) -> torch.Tensor:
         """The images at the positions `chosen` (b,): (b, C, H, H) uint8, a copy, page-locked if `pin`.
@@ -73,7 +88,7 @@ class Prefetch:
 
 
 def load_images(cfg: DataConfig, split: str) -> ImageSet:
-    """The images of a split: decoded once and kept on the disk for later runs, or decoded at each use.
+    """The images of a split: decoded once and kept on the disk for later runs, decoded at each use, or read then too.
 
     Args:
         cfg: where they are and what they become.
@@ -86,11 +101,15 @@ def load_images(cfg: DataConfig, split: str) -> ImageSet:
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split is 'train' or 'eval', not {split!r}.")
-    folder = pack_folder(cfg, split, source_version(cfg))
-    pack = read_pack(folder)
+    pack, folder = None, None
+    if cfg.decode != "stream":
+        folder = pack_folder(cfg, split, source_version(cfg))
+        pack = read_pack(folder)
     if pack is None:
         listing = _listing(cfg, split)
-        if listing.pixels is not None and listing.pixels.shape[1:] == (cfg.image_size, cfg.image_size):
+        if folder is None:
+            pack = Pack(StreamedImages(listing, cfg), torch.from_numpy(listing.labels), listing.class_names, [])
+        elif listing.pixels is not None and listing.pixels.shape[1:] == (cfg.image_size, cfg.image_size):
             pixels = torch.from_numpy(listing.pixels)[:, None].repeat(1, cfg.channels, 1, 1)  # (n, C, H, H)
             pack = Pack(pixels, torch.from_numpy(listing.labels), listing.class_names, [])
         elif cfg.decode == "on-the-fly":
@@ -113,11 +132,22 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1.0
 
 
-def step_indices(n: int, batch_size: int, seed: int, step: int) -> torch.Tensor:
+def evenly(n: int, count: int) -> torch.Tensor:
+    """min(n, count) indices spread evenly over 0..n-1: of a data set sorted by class, some of every class."""
+    count = min(n, count)
+    return torch.arange(count) * n // count
+
+
+def step_indices(
+    n: int, batch_size: int, seed: int, step: int, permutation: Callable[[int, int], torch.Tensor] | None = None
+) -> torch.Tensor:
     """Which images one optimiser step takes, over all processes.
 
     A pure function: a resumed run sees what it would have seen. Each epoch is a permutation of 0..n-1 of its
     own; what does not fill a last batch is left out of that epoch.
+
+    Args:
+        permutation: (seed, epoch) -> (n,), the order in an epoch; None = a uniform one.
 
     Returns:
         (batch_size,) int64.
@@ -126,7 +156,8 @@ def step_indices(n: int, batch_size: int, seed: int, step: int) -> torch.Tensor:
     if steps_per_epoch == 0:
         raise ValueError(f"There are {n} images, fewer than one batch of {batch_size}: lower batch_size.")
     epoch, position = divmod(step, steps_per_epoch)
-    return _permutation(n, seed, epoch)[position * batch_size : (position + 1) * batch_size].clone()
+    order = permutation(seed, epoch) if permutation else _permutation(n, seed, epoch)
+    return order[position * batch_size : (position + 1) * batch_size].clone()
 
 
 def augment(
@@ -162,7 +193,7 @@ def augment(
 
 
 def _listing(cfg: DataConfig, split: str) -> Listing:
-    listing = list_images(cfg, split)
+    listing = list_stream(cfg, split) if cfg.decode == "stream" else list_images(cfg, split)
     if not listing.keys:
         raise ValueError(f"data.source={cfg.source!r} has no images for {split!r}.")
     if 0 < cfg.limit < len(listing.keys):

@@ -36,10 +36,14 @@ from .sources import Listing
 
 PREPROCESSING = 1  # to be raised when `preprocess_pil` or the layout of a pack changes: older packs are made anew
 # Settings that make no difference to a pack. What the source holds is told by its version, not by where it is.
-IRRELEVANT = ("source", "root", "augment", "class_names", "cache", "decode")
+IRRELEVANT = ("source", "root", "augment", "class_names", "cache", "decode", "window")
 MAX_THREADS = 16  # decoding; more only wait for Python's lock
 BLOCK = 8  # images a thread takes at once
 CHUNK_BYTES = 64 * 2**20  # decoded images between two records of progress
+
+
+class ReadError(OSError):
+    """The source itself failed, not an image of it: nothing may take that image's place."""
 
 
 @dataclass
@@ -79,7 +83,7 @@ class Decoder:
                         image.draft(None, (2 * size, 2 * size))
                         images[place] = preprocess_pil(image, size, channels)
                     good[place] = True
-                except MemoryError:
+                except (MemoryError, ReadError):
                     raise
                 except Exception:  # broken files make decoders raise OSError, SyntaxError, ValueError, struct.error
                     pass
@@ -116,14 +120,17 @@ class LazyImages:
 
     def __getitem__(self, chosen: Tensor | slice) -> Tensor:
         positions = np.arange(len(self))[chosen] if isinstance(chosen, slice) else chosen.numpy()
-        images, good = self._decoder.decode(positions)
-        for place in np.flatnonzero(~good):
-            images[place] = self._substitute(int(positions[place]))
-        return torch.from_numpy(images)
+        return torch.from_numpy(self._decode(positions))
 
     def split(self, size: int) -> Iterator[Tensor]:
         """Batches of `size` images in order."""
         return (self[start : start + size] for start in range(0, len(self), size))
+
+    def _decode(self, positions: np.ndarray) -> np.ndarray:
+        images, good = self._decoder.decode(positions)
+        for place in np.flatnonzero(~good):
+            images[place] = self._substitute(int(positions[place]))
+        return images
 
     def _substitute(self, position: int) -> np.ndarray:
         listing = self._decoder.listing

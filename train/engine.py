@@ -150,13 +150,15 @@ class Run:
                 self._stop_reason = "another process stops"
         return bool(self._stop_reason)
 
-    def micro_batches(self, n: int, step: int) -> Iterator[tuple[Tensor, int, int]]:
-        """This process's slices of the step's global batch out of n images.
+    def micro_batches(
+        self, n: int, step: int, permutation: Callable[[int, int], Tensor] | None = None
+    ) -> Iterator[tuple[Tensor, int, int]]:
+        """This process's slices of the step's global batch out of n images; `permutation` as in `step_indices`.
 
         Yields (indices (b,), number of the slice in the global batch, number of slices in it).
         """
         try:
-            chosen = step_indices(n, self.stage.batch_size, self.stage.seed, step)
+            chosen = step_indices(n, self.stage.batch_size, self.stage.seed, step, permutation)
         except ValueError as error:
             self.exit(str(error))
         for part in range(self.stage.grad_accumulation):
@@ -188,9 +190,13 @@ class Run:
     def prefetch(self, data: ImageSet) -> Prefetch:
         """Of a step, its images (b, C, H, H) by the number of the slice, on the way while another step is trained."""
         pin = self.accelerator.device.type == "cuda"
-        return Prefetch(lambda step: {
-            slot: data.gather(chosen, pin) for chosen, slot, _ in self.micro_batches(len(data), step)
-        })  # fmt: skip
+
+        def load(step: int) -> dict[int, Tensor]:
+            data.expect(self.stage.batch_size, self.stage.seed, step)
+            slices = self.micro_batches(len(data), step, data.permutation)
+            return {slot: data.gather(chosen, pin) for chosen, slot, _ in slices}
+
+        return Prefetch(load)
 
     def generator(self, step: int, purpose: int) -> torch.Generator:
         """An equally seeded generator on every process, one for each step and purpose."""
@@ -385,12 +391,6 @@ class Run:
         if self._stop_signal and not complete:
             raise SystemExit(128 + self._stop_signal)
         return complete
-
-
-def evenly(n: int, count: int) -> Tensor:
-    """min(n, count) indices spread evenly over 0..n-1: of a data set sorted by class, some of every class."""
-    count = min(n, count)
-    return torch.arange(count) * n // count
 
 
 def image_grid(rows: list[Tensor], gap: int = 2) -> Tensor:

@@ -215,7 +215,7 @@ def notes(
         images = sum(known[:2])
         pixels = images * data.channels * data.image_size**2
         if data.source != "fashion-mnist":
-            yield f"Disk: {pixels / GIB:.1f} GiB of decoded images (none with data.decode=on-the-fly)."
+            yield f"Disk: {pixels / GIB:.1f} GiB of decoded images (none with data.decode=on-the-fly or stream)."
         if second.codes == "stored":
             encoded = known[0] * second.copies + known[1]
             flops = encoded * TokenizerCost(make_models(config, 1)[0], 1).encoder().forward

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,8 @@ from .config import DataConfig
 
 if TYPE_CHECKING:
     import datasets
+
+    from .streams import RowGroups
 
 FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"  # of the Debian package dataset-fashion-mnist
 FASHION_MNIST_FILES = {"train": "train", "test": "t10k"}  # split: how its file names start
@@ -51,6 +53,8 @@ class Listing:
     labels: np.ndarray  # (n,) int64, in 0..len(class_names)-1
     class_names: list[str]  # the same for every split of a source
     pixels: np.ndarray | None = None  # (n, h, w) uint8, if the source has them as they are, grey
+    stream: "RowGroups | None" = None  # what they are read from, if that is to happen while they are used
+    rows: np.ndarray | None = None  # (n,) int64, their places in the stream, ascending
 
     def select(self, chosen: np.ndarray) -> "Listing":
         """The images at the positions `chosen`, (m,) int64, in that order."""
@@ -60,6 +64,8 @@ class Listing:
             self.labels[chosen],
             self.class_names,
             None if self.pixels is None else self.pixels[chosen],
+            self.stream,
+            None if self.rows is None else self.rows[chosen],
         )
 
 
@@ -71,12 +77,16 @@ def list_images(cfg: DataConfig, split: str) -> Listing:
     """
     if cfg.source == "fashion-mnist":
         return _fashion_mnist(cfg, split)
+    if "://" in cfg.source:
+        raise ValueError(
+            f"data.source={cfg.source!r} is an address, which can only be streamed: set data.decode=stream."
+        )
     path = Path(cfg.source).expanduser()
     if path.is_dir() and next(path.rglob("*.parquet"), None) is None:
         return _class_folders(cfg, path, split)
     if path.is_dir() or path.suffix == ".parquet" or "*" in cfg.source:
         return _parquet(cfg, path, split)
-    if path.exists() or not _is_hub_id(cfg.source):
+    if path.exists() or not is_hub_id(cfg.source):
         what = "is a file, but not Parquet" if path.exists() else "does not exist"
         raise FileNotFoundError(
             f"data.source={cfg.source!r} {what}: give 'fashion-mnist', a folder of class folders, a Parquet "
@@ -96,7 +106,7 @@ def source_version(cfg: DataConfig) -> str:
         path = _fashion_mnist_root(cfg)
     if path.is_dir():
         files = _walk(str(path), set())
-    elif path.exists() or not _is_hub_id(cfg.source):
+    elif path.exists() or not is_hub_id(cfg.source):
         files = [(name, os.stat(name)) for name in glob(str(path), recursive=True)]
     else:
         rows = [_load(cfg.source, split=name) for name in (cfg.train_split, cfg.eval_split)]
@@ -128,15 +138,15 @@ def quoted(names: list[str], most: int = 8) -> str:
     return ", ".join(repr(name) for name in names[:most]) + more
 
 
-def _is_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) is not None
 
 
-def _own_split(cfg: DataConfig, split: str) -> str:
+def own_split(cfg: DataConfig, split: str) -> str:
     return cfg.train_split if split == "train" else cfg.eval_split
 
 
-def _take_part(listing: Listing, split: str) -> Listing:
+def take_part(listing: Listing, split: str) -> Listing:
     """Of images that training and evaluation have to share: a tenth of each class, one at least, for "eval".
 
     Chosen by a hash of the key, so that adding images to a folder changes the place of few others.
@@ -159,7 +169,7 @@ def _fashion_mnist_root(cfg: DataConfig) -> Path:
 
 def _fashion_mnist(cfg: DataConfig, split: str) -> Listing:
     root = _fashion_mnist_root(cfg)
-    name = _own_split(cfg, split)
+    name = own_split(cfg, split)
     if name not in FASHION_MNIST_FILES:
         raise ValueError(f"Fashion-MNIST has the splits 'train' and 'test', not {name!r}.")
     pixels = _read_idx(root, f"{FASHION_MNIST_FILES[name]}-images-idx3-ubyte", 3)  # (n, 28, 28)
@@ -175,7 +185,7 @@ def _fashion_mnist(cfg: DataConfig, split: str) -> Listing:
     keys = [f"{name} {i}" for i in range(len(labels))]
     labels = labels.astype(np.int64)
     listing = Listing(lambda i: Image.fromarray(pixels[i]), keys, labels, FASHION_MNIST_CLASSES, pixels)
-    return _take_part(listing, split) if cfg.train_split == cfg.eval_split else listing
+    return take_part(listing, split) if cfg.train_split == cfg.eval_split else listing
 
 
 def _read_idx(root: Path, name: str, dimensions: int) -> np.ndarray:
@@ -204,7 +214,7 @@ def _class_folders(cfg: DataConfig, root: Path, split: str) -> Listing:
     """ROOT/SPLIT/CLASS/**/image, or ROOT/CLASS/**/image."""
     has_splits = (root / cfg.train_split).is_dir()
     train_root = root / cfg.train_split if has_splits else root
-    own_root = root / _own_split(cfg, split) if has_splits else root
+    own_root = root / own_split(cfg, split) if has_splits else root
     if not own_root.is_dir():
         raise FileNotFoundError(
             f"{root} has no folder {own_root.name!r} but {quoted(_folders(root))}: set data.eval_split to "
@@ -234,7 +244,7 @@ def _class_folders(cfg: DataConfig, root: Path, split: str) -> Listing:
     keys = [path.relative_to(own_root).as_posix() for path in paths]
     listing = Listing(lambda i: Image.open(paths[i]), keys, np.array(labels, np.int64), class_names)
     shared = not has_splits or cfg.train_split == cfg.eval_split
-    return _take_part(listing, split) if shared else listing
+    return take_part(listing, split) if shared else listing
 
 
 def _folders(root: Path) -> list[str]:
@@ -245,25 +255,11 @@ def _folders(root: Path) -> list[str]:
 
 
 def _parquet(cfg: DataConfig, path: Path, split: str) -> Listing:
-    """Files named like their split (train-00000-of-00005.parquet, train/0.parquet); otherwise one pool."""
     files = sorted(map(str, path.rglob("*.parquet")) if path.is_dir() else glob(str(path), recursive=True))
-    if not files:
-        raise FileNotFoundError(f"data.source={cfg.source!r}: there is no such Parquet file.")
-    by_split: dict[str, list[str]] = {}
-    for file in files:
-        place = Path(file).relative_to(path) if path.is_dir() else Path(Path(file).name)
-        for name in {place.parent.name, re.split(r"[-_.]", place.name)[0]} - {""}:
-            by_split.setdefault(name, []).append(file)
-    if not by_split.keys() & (SPLIT_NAMES | {cfg.train_split, cfg.eval_split}):
+    by_split = files_by_split(cfg, files, path if path.is_dir() else None)
+    if by_split is None:
         rows = _load("parquet", data_files=files, split="train")
-        return _take_part(_rows(cfg, rows, lambda: rows), split)
-    for key, name in (("train_split", cfg.train_split), ("eval_split", cfg.eval_split)):
-        if name not in by_split:
-            have = quoted(sorted(by_split))
-            raise ValueError(
-                f"{cfg.source} has no Parquet files of data.{key}={name!r} but of {have}: if data.eval_split "
-                "is the same as data.train_split, a tenth is held out."
-            )
+        return take_part(_rows(cfg, rows, lambda: rows), split)
 
     def load(name: str) -> "datasets.Dataset":
         # "train" is what the Parquet builder calls whatever it is given.
@@ -272,10 +268,39 @@ def _parquet(cfg: DataConfig, path: Path, split: str) -> Listing:
     return _split_of(cfg, split, load)
 
 
+def files_by_split(cfg: DataConfig, files: list[str], folder: str | Path | None) -> dict[str, list[str]] | None:
+    """Parquet files named like their split (train-00000-of-00005.parquet, train/0.parquet); None: all are one pool.
+
+    folder: what the files are in, none of whose own name counts.
+    """
+    if not files:
+        raise FileNotFoundError(f"data.source={cfg.source!r}: there is no such Parquet file.")
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        place = Path(file).relative_to(folder) if folder else Path(Path(file).name)
+        for name in {place.parent.name, re.split(r"[-_.]", place.name)[0]} - {""}:
+            by_split.setdefault(name, []).append(file)
+    if not by_split.keys() & (SPLIT_NAMES | {cfg.train_split, cfg.eval_split}):
+        return None
+    check_splits(cfg, by_split)
+    return by_split
+
+
+def check_splits(cfg: DataConfig, by_split: dict[str, list[str]]) -> None:
+    """Raises a `ValueError` if files of a split that is asked for are missing."""
+    for key, name in (("train_split", cfg.train_split), ("eval_split", cfg.eval_split)):
+        if name not in by_split:
+            have = quoted(sorted(by_split))
+            raise ValueError(
+                f"{cfg.source} has no Parquet files of data.{key}={name!r} but of {have}: if data.eval_split "
+                "is the same as data.train_split, a tenth is held out."
+            )
+
+
 def _split_of(cfg: DataConfig, split: str, load: Callable[[str], "datasets.Dataset"]) -> Listing:
-    own = load(_own_split(cfg, split))
+    own = load(own_split(cfg, split))
     listing = _rows(cfg, own, lambda: own if split == "train" else load(cfg.train_split))
-    return _take_part(listing, split) if cfg.train_split == cfg.eval_split else listing
+    return take_part(listing, split) if cfg.train_split == cfg.eval_split else listing
 
 
 def _load(source: str, **arguments) -> "datasets.Dataset":
@@ -297,10 +322,7 @@ def _rows(cfg: DataConfig, rows: "datasets.Dataset", load_train: Callable[[], "d
     """Rows with an image (bytes or a path) and a class (ClassLabel, number or string)."""
     import datasets
 
-    for key, column in (("image_column", cfg.image_column), ("label_column", cfg.label_column)):
-        if column not in rows.column_names:
-            have = quoted(rows.column_names)
-            raise ValueError(f"{cfg.source} has no column {column!r} but {have}: set data.{key}.")
+    check_columns(cfg, rows.column_names)
     try:
         encoded = rows.cast_column(cfg.image_column, datasets.Image(decode=False)).data[cfg.image_column]
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -308,14 +330,39 @@ def _rows(cfg: DataConfig, rows: "datasets.Dataset", load_train: Callable[[], "d
             f"The column {cfg.image_column!r} of {cfg.source} holds no images but "
             f"{rows.features[cfg.image_column]}: set data.image_column."
         ) from error
-    values = rows[cfg.label_column][:]
-    feature = rows.features[cfg.label_column]
+    feature, values = rows.features[cfg.label_column], rows[cfg.label_column][:]
+    labels, class_names = classes_of(cfg, feature, values, lambda: load_train()[cfg.label_column][:])
+
+    def open_image(i: int) -> Image.Image:
+        item = encoded[int(i)].as_py()  # straight from Arrow: a fifth of the time that rows[i] takes
+        return Image.open(io.BytesIO(item["bytes"]) if item["bytes"] is not None else item["path"])
+
+    return Listing(open_image, [f"row {i}" for i in range(len(labels))], labels, class_names)
+
+
+def check_columns(cfg: DataConfig, names: list[str]) -> None:
+    """Raises a `ValueError` if the columns of a table lack that of the images or that of the classes."""
+    for key, column in (("image_column", cfg.image_column), ("label_column", cfg.label_column)):
+        if column not in names:
+            raise ValueError(f"{cfg.source} has no column {column!r} but {quoted(names)}: set data.{key}.")
+
+
+def classes_of(
+    cfg: DataConfig, feature: Any, values: list, load_train: Callable[[], list]
+) -> tuple[np.ndarray, list[str]]:
+    """Labels (n,) int64 and class names, out of the values of the label column.
+
+    Args:
+        feature: what `datasets` takes the column for.
+        load_train: gives the values of the training split, which alone decides which classes there are.
+    """
+    import datasets
+
     if isinstance(feature, datasets.ClassLabel):
         class_names = feature.names
         labels = [-1 if value is None else value for value in values]
     elif isinstance(feature, datasets.Value):
-        # The training split alone decides which classes there are.
-        classes = sorted(set(load_train()[cfg.label_column][:]) - {None})
+        classes = sorted(set(load_train()) - {None})
         class_names = [str(value) for value in classes]
         position = {value: i for i, value in enumerate(classes)}
         labels = [position.get(value, -1) for value in values]
@@ -330,9 +377,4 @@ def _rows(cfg: DataConfig, rows: "datasets.Dataset", load_train: Callable[[], "d
             f"{(labels < 0).sum()} of {len(labels)} images of {cfg.source} have no class that the training "
             "split knows: choose another data.eval_split or data.label_column."
         )
-
-    def open_image(i: int) -> Image.Image:
-        item = encoded[int(i)].as_py()  # straight from Arrow: a fifth of the time that rows[i] takes
-        return Image.open(io.BytesIO(item["bytes"]) if item["bytes"] is not None else item["path"])
-
-    return Listing(open_image, [f"row {i}" for i in range(len(labels))], labels, class_names)
+    return labels, class_names

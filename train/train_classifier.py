@@ -22,7 +22,7 @@ from .classifier import Classifier, save_classifier
 from .command_line import clear_errors, parse_arguments, read_split
 from .config import Config
 from .data import ImageSet, augment, to_float
-from .engine import Run, evenly
+from .engine import Run
 from .optimizers import make_optimizer
 
 EVAL_IMAGES, BATCH = 2048, 256
@@ -51,7 +51,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     optimizer = make_optimizer(classifier, stage)
     model, optimizer = accelerator.prepare(classifier, optimizer)
     forward = torch.compile(model) if stage.compile else model
-    shown = evenly(len(heldout), EVAL_IMAGES)
+    shown = heldout.evenly(EVAL_IMAGES)
     parameters = sum(p.numel() for p in classifier.parameters())
     run.print(f"{parameters / 1e6:.2f} M parameters, {classifier.num_features} features, {len(data)} images.")
 
@@ -59,7 +59,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     done = run.resume()
     for step in run.steps(done):
         loss_sum = torch.zeros((), device=device)
-        for part, (chosen, slot, slots) in enumerate(run.micro_batches(len(data), step)):
+        for part, (chosen, slot, slots) in enumerate(run.micro_batches(len(data), step, data.permutation)):
             with run.clock.data():
                 images = run.to_device(fetch(step)[slot])
                 x = to_float(augment(images, config.data.augment, run.generator(step, 0), slot, slots))

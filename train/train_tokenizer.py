@@ -29,9 +29,9 @@ from .adversarial import AdversarialTerm
 from .checkpoints import publish
 from .command_line import clear_errors, parse_arguments, read_split
 from .config import Config, TokenizerStage
-from .data import ImageSet, augment, to_float
+from .data import ImageSet, augment, evenly, to_float
 from .encode_dataset import load_tokenizer
-from .engine import Run, evenly, image_grid, make_ema
+from .engine import Run, image_grid, make_ema
 from .losses import PerceptualTerm
 
 REVIVAL_EVERY = 10  # steps between looks for dead codes: each look waits for the device
@@ -154,7 +154,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
         accelerator.register_for_checkpointing(revival)
     cutoffs = torch.tensor((1, *tokenizer.cutoffs), device=device)  # indexed by prefix length
     terms, facts = pixel_terms(run, stage, tokenizer.config.in_channels, cutoffs)
-    eval_images = heldout.images[evenly(len(heldout), EVAL_IMAGES)]
+    eval_images = heldout.images[heldout.evenly(EVAL_IMAGES)]
     run.print(f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.2f} M parameters, {len(data)} images.")
 
     quantize_from = 0 if stage.init_from else stage.quantize_from
@@ -170,7 +170,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
         at_work = [term for term in terms.values() if step >= term.first_step]
         sums: dict[str, Tensor] = {}
         parts: list[tuple[Tensor, Tensor]] = []
-        for part, (_, slot, slots) in enumerate(run.micro_batches(len(data), step)):
+        for part, (_, slot, slots) in enumerate(run.micro_batches(len(data), step, data.permutation)):
             with run.clock.data():
                 # Equal draws for each part, of which it takes its own slice.
                 images = run.to_device(fetch(step)[slot])

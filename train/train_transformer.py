@@ -9,6 +9,7 @@ guidance. The finished pipeline, tokenizer included, is written to OUTPUT/pipeli
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -23,10 +24,10 @@ from .checkpoints import publish
 from .codes import StoredCodes, fingerprint, read_shards
 from .command_line import clear_errors, parse_arguments, read_split
 from .config import Config
-from .data import ImageSet, augment, to_float
+from .data import ImageSet, augment, evenly, to_float
 from .early_stopping import EarlyStopping
 from .encode_dataset import encode_images, load_tokenizer, wanted_shards
-from .engine import Run, evenly, image_grid, make_ema
+from .engine import Run, image_grid, make_ema
 
 EVAL_IMAGES = 2048
 SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_GUIDANCE = 10, 8, 2.0
@@ -60,10 +61,16 @@ class CodeSource:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def permutation(self) -> Callable[[int, int], Tensor] | None:
+        """As in `step_indices`."""
+        return self.images.permutation if self.images else None
+
     def _some_of(self, split: StoredCodes | ImageSet) -> tuple[Tensor, Tensor]:
-        chosen = evenly(len(split.labels), EVAL_IMAGES)
         if isinstance(split, StoredCodes):
+            chosen = evenly(len(split.labels), EVAL_IMAGES)
             return split.codes[0, chosen].long(), split.labels[chosen]
+        chosen = split.evenly(EVAL_IMAGES)
         return encode_images(self.tokenizer, split.images[chosen], [], 0).long(), split.labels[chosen]
 
     def batch(self, chosen: Tensor, slot: int, slots: int, step: int) -> tuple[Tensor, Tensor]:
@@ -168,7 +175,7 @@ def train(run: Run, config: Config) -> None:
     ema.to(device)  # a checkpoint is loaded to the CPU
     for step in () if stopping.over else run.steps(done):
         by_position = torch.zeros(tokenizer.config.num_tokens, device=device)
-        for part, (chosen, slot, slots) in enumerate(run.micro_batches(len(source), step)):
+        for part, (chosen, slot, slots) in enumerate(run.micro_batches(len(source), step, source.permutation)):
             codes, labels = source.batch(chosen, slot, slots, step)
             synchronise = part + 1 == stage.grad_accumulation
             with run.accumulation(model, synchronise):

@@ -13,7 +13,7 @@ from PIL import Image
 from spectralar.image import preprocess_pil
 from spectralar.labels import LabelNames
 from train.config import DataConfig
-from train.data import Prefetch, augment, load_images, step_indices, to_float
+from train.data import Prefetch, augment, evenly, load_images, step_indices, to_float
 
 
 def encoded(image: Image.Image, kind: str, **options) -> Image.Image:
@@ -196,6 +196,12 @@ def test_step_depends_on_seed_and_step_alone():
 def test_fewer_images_than_a_batch_is_said():
     with pytest.raises(ValueError, match="3 images, fewer than one batch of 4"):
         step_indices(3, 4, 0, 0)
+
+
+def test_evenly_takes_from_everywhere():
+    assert evenly(10, 4).tolist() == [0, 2, 5, 7]
+    assert evenly(3, 8).tolist() == [0, 1, 2]
+    assert len(set(evenly(10_000, 1024).tolist())) == 1024
 
 
 @pytest.mark.parametrize("decode", ["once", "on-the-fly"])

@@ -20,7 +20,7 @@ from train.clock import StepClock
 from train.command_line import parse_arguments
 from train.config import Config, StageConfig, TokenizerStage
 from train.data import ImageSet
-from train.engine import Run, evenly, learning_rate
+from train.engine import Run, learning_rate
 from train.train_tokenizer import evaluate, nested_loss, sample_lengths
 
 # ------------------------------------------------------------------------------------------------ optimisation
@@ -181,12 +181,6 @@ def test_sharded_training_is_refused(kind, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=rf"^{kind.value} is not supported.*: launch with plain data parallelism"):
         Run("tokenizer", config, config.train_tokenizer, args)
     assert not list(tmp_path.iterdir())
-
-
-def test_evenly_takes_from_everywhere():
-    assert evenly(10, 4).tolist() == [0, 2, 5, 7]
-    assert evenly(3, 8).tolist() == [0, 1, 2]
-    assert len(set(evenly(10_000, 1024).tolist())) == 1024
 
 
 # ------------------------------------------------------------------------------------------------ command line

@@ -1,0 +1,428 @@
+"""Streamed Parquet: an order of windows, each row group read once and in time, exact resumption, what is refused."""
+
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from tests.train.conftest import PRESET
+from tests.train.runs import assert_same_run, assert_same_up_to_rounding, stop_at
+from tests.train.test_sources import encoded
+from train import streams
+from train.config import DataConfig
+from train.data import load_images, step_indices
+from train.decoding import ReadError
+
+SIZE, BATCH_SIZE, WINDOW = 8, 5, 16
+SHARDS = [(4, 4, 2), (4, 4), (4, 4, 4, 3), (4, 4, 4)]  # rows of the row groups of each file
+N = sum(map(sum, SHARDS))  # 45
+GROUPS = sum(map(len, SHARDS))  # 12
+
+
+@pytest.fixture(autouse=True)
+def own_datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+
+
+def write_shard(path, greys: list, groups: tuple[int, ...], labels: list | None = None, feature=None) -> None:
+    """Rows of images of one grey each, or of the bytes given instead; class = grey % 3."""
+    feature = feature or datasets.ClassLabel(names=["ash", "elm", "oak"])
+    images = [encoded((grey, grey, grey), (SIZE, SIZE)) if isinstance(grey, int) else grey for grey in greys]
+    columns = {"image": images, "label": [grey % 3 for grey in greys] if labels is None else labels}
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    table = datasets.Dataset.from_dict(columns, features=features).data.table
+    with fsspec.open(str(path), "wb") as file, pq.ParquetWriter(file, table.schema) as writer:
+        start = 0
+        for rows in groups:
+            writer.write_table(table.slice(start, rows), row_group_size=rows)
+            start += rows
+
+
+def write_split(folder, name: str, first: int = 0) -> None:
+    start = first
+    for number, groups in enumerate(SHARDS):
+        greys = list(range(start, start + sum(groups)))
+        write_shard(f"{folder}/{name}-{number:05}-of-{len(SHARDS):05}.parquet", greys, groups)
+        start += sum(groups)
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    """Files of two splits: greys 0 to 44 to train on, 100 to 144 to measure on."""
+    (tmp_path / "data").mkdir()
+    write_split(tmp_path / "data", "train")
+    write_split(tmp_path / "data", "test", 100)
+    return DataConfig(source=str(tmp_path / "data"), image_size=SIZE, channels=1, decode="stream", window=WINDOW,
+                      cache=str(tmp_path / "cache"))  # fmt: skip
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Numbers of the row groups that are read, in order."""
+    numbers, read = [], streams.RowGroups.read
+    monkeypatch.setattr(streams.RowGroups, "read", lambda self, g, rows: numbers.append(int(g)) or read(self, g, rows))
+    return numbers
+
+
+def greys(images) -> list[int]:
+    return images[:, 0, 0, 0].tolist()
+
+
+def group_of(grey: int) -> int:
+    return int(np.searchsorted(np.cumsum([rows for groups in SHARDS for rows in groups]), grey, side="right"))
+
+
+def step(data, number: int, seed: int = 0) -> torch.Tensor:
+    """The images of a step, as a training run gets them."""
+    data.expect(BATCH_SIZE, seed, number)
+    return data.gather(step_indices(len(data), BATCH_SIZE, seed, number, data.permutation))
+
+
+# ------------------------------------------------------------------------------------------------ order
+
+
+def test_an_epoch_has_every_image_once_in_an_order_of_its_own(cfg):
+    data = load_images(cfg, "train")
+    per_epoch = N // BATCH_SIZE
+    orders = {
+        (seed, epoch): [g for i in range(per_epoch) for g in greys(step(data, epoch * per_epoch + i, seed))]
+        for seed in (0, 1) for epoch in (0, 1, 2)
+    }  # fmt: skip
+    assert all(sorted(order) == list(range(N)) for order in orders.values())
+    assert len(set(map(tuple, orders.values()))) == 6
+    again = load_images(cfg, "train")
+    assert all(torch.equal(again.permutation(*key), data.permutation(*key)) for key in orders)
+
+
+def test_images_are_shuffled_within_windows_of_whole_row_groups(cfg):
+    order = load_images(cfg, "train").images._order(0, 0)
+    assert sorted(np.concatenate(order.windows)) == list(range(GROUPS))
+    assert len(order.windows) == 3  # 45 images, 16 a window
+    for window, start, stop in zip(order.windows, order.bounds[:-1], order.bounds[1:], strict=True):
+        found = order.permutation[start:stop].tolist()
+        assert {group_of(i) for i in found} == set(window.tolist())
+        assert stop - start <= WINDOW
+        neighbours = [a + 1 == b for a, b in zip(found, found[1:], strict=False)]
+        assert sum(neighbours) < len(found) / 3  # in the order of the files, it would be three quarters
+
+
+def test_a_run_that_starts_anywhere_sees_what_it_would_have_seen(cfg, reads):
+    whole = load_images(cfg, "train")
+    expected = [greys(step(whole, i)) for i in range(14)]
+    reads.clear()
+    resumed = load_images(cfg, "train")
+    assert greys(step(resumed, 12)) == expected[12]
+    held = resumed.images._held
+    wait_until(lambda: sorted(reads) == sorted(held))
+    assert len(held) < GROUPS  # no more than the windows it needs
+    assert greys(step(resumed, 13)) == expected[13]
+    assert greys(step(resumed, 2)) == expected[2]
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def test_an_epoch_reads_each_row_group_once_and_holds_two_windows(cfg, reads):
+    data = load_images(cfg, "train")
+    most, per_epoch = 0, N // BATCH_SIZE
+    for number in range(2 * per_epoch):
+        step(data, number)
+        order = data.images._order(0, number // per_epoch)
+        most = max(most, len(data.images._held))
+        if number == per_epoch - 1:
+            assert set(range(GROUPS)) <= set(reads)
+    # The end of the second epoch reads ahead of the third. What one window and the next share is not read again.
+    assert max(Counter(reads).values()) <= 3 and len(reads) <= 2 * GROUPS + len(order.windows[0])
+    assert most <= 2 * max(map(len, order.windows)) < GROUPS
+
+
+def test_the_next_window_is_read_before_it_is_needed(cfg, reads, monkeypatch):
+    """And not at once: in step with the training."""
+    monkeypatch.setattr(streams, "READERS", 1)
+    data = load_images(cfg, "train")
+    order = data.images._order(0, 0)
+    following, asked_for = set(order.windows[1].tolist()), []
+    for number in range(int(order.bounds[1]) // BATCH_SIZE):  # those before the step that needs it
+        step(data, number)
+        asked_for.append(len(following & data.images._held.keys()))
+    assert asked_for == sorted(asked_for) and 1 <= asked_for[0] < asked_for[-1] == len(following) > 2
+    wait_until(lambda: following <= set(reads))
+    assert not set(order.windows[2].tolist()) & set(reads)
+
+
+def test_reading_happens_beside_the_training(cfg, monkeypatch):
+    """No read of a later window holds up a step."""
+    data, gate, read = load_images(cfg, "train"), threading.Event(), streams.RowGroups.read
+    first = set(data.images._order(0, 0).windows[0].tolist())
+    monkeypatch.setattr(
+        streams.RowGroups, "read", lambda self, g, rows: (g in first or gate.wait(30)) and read(self, g, rows)
+    )
+    found = [greys(step(data, number)) for number in range(2)]
+    assert len(sum(found, [])) == 2 * BATCH_SIZE
+    gate.set()
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_slices_in_order_read_each_row_group_once(cfg, reads, monkeypatch):
+    monkeypatch.setattr(streams, "READERS", 2)
+    data = load_images(cfg, "train")
+    found, most = [], 0
+    for part in data.images.split(7):
+        found += greys(part)
+        most = max(most, len(data.images._held))
+    assert found == list(range(N))
+    assert sorted(reads) == list(range(GROUPS)) and most <= 4
+
+
+def test_other_look_ups_leave_the_windows_where_they_are(cfg, reads):
+    data = load_images(cfg, "train")
+    step(data, 0)
+    held = dict(data.images._held)
+    chosen = torch.tensor([44, 0, 20, 0])
+    assert greys(data.images[chosen]) == [44, 0, 20, 0]
+    assert data.images._held == held
+    reads.clear()
+    step(data, 1)
+    assert len(set(reads) & held.keys()) == 0
+
+
+def test_images_to_measure_on_come_from_few_row_groups(cfg, monkeypatch):
+    data = load_images(cfg, "eval")
+    assert data.evenly(10).tolist() == [i * N // 10 for i in range(10)]
+    monkeypatch.setattr(streams, "FEW", 3)
+    chosen = data.evenly(6)
+    assert len(chosen) == 6 and {group_of(i) for i in chosen.tolist()} == {0, 4, 8}
+    assert len(data.evenly(1000)) == 4 + 4 + 3  # all that these have
+
+
+def test_what_cannot_be_read_is_tried_again_and_never_taken_for_a_broken_image(cfg, monkeypatch):
+    monkeypatch.setattr(streams, "PAUSES", (0.0, 0.0))
+    data, read, failures = load_images(cfg, "train"), pq.ParquetFile.read_row_group, []
+
+    def failing(*args, **options):
+        if len(failures) < 2 or failures[0] == "for good":
+            failures.append("once more")
+            raise TimeoutError("no answer")
+        return read(*args, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", failing)
+    assert greys(data.images[:4]) == [0, 1, 2, 3] and len(failures) == 2
+    failures[0] = "for good"
+    with pytest.raises(ReadError, match=r"train-00002-of-00004.parquet, row group 1, cannot be read: .*no answer"):
+        data.images[torch.tensor([23])]
+
+
+# ------------------------------------------------------------------------------------------------ sources
+
+
+@pytest.mark.parametrize("limit", [0, 20])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_stream_has_the_images_and_labels_of_a_download(cfg, split, shared, limit):
+    """In the same places, with a limit and where a tenth is held out too; and nothing is written."""
+    cfg.limit, cfg.eval_split = limit, "train" if shared else "test"
+    streamed = load_images(cfg, split)
+    assert greys(step(streamed, 0, seed=3)) if len(streamed) >= BATCH_SIZE else True
+    found = torch.cat(list(streamed.images.split(6)))
+    assert not os.path.exists(cfg.cache) and not os.path.exists(datasets.config.HF_DATASETS_CACHE)
+    cfg.decode = "once"
+    kept = load_images(cfg, split)
+    assert torch.equal(found, kept.images) and torch.equal(streamed.labels, kept.labels)
+    assert streamed.class_names == kept.class_names == ["ash", "elm", "oak"]
+
+
+def test_only_images_that_are_used_are_held(cfg):
+    cfg.limit = 12
+    data = load_images(cfg, "train")
+    step(data, 0)
+    assert sum(len(future.result()) for future in data.images._held.values()) <= 12
+
+
+def test_broken_images_are_replaced_as_without_streaming(tmp_path, cfg):
+    write_shard(tmp_path / "data" / "train-00001-of-00004.parquet", [10, b"junk", 12, 13, None, 15, 16, 17], (4, 4),
+                [0, 1, 2, 0, 1, 2, 0, 1])  # fmt: skip
+    found = greys(load_images(cfg, "train").images[:N])
+    cfg.decode = "on-the-fly"
+    assert found == greys(load_images(cfg, "train").images[:N])
+    assert found[10:18] == [10, 17, 12, 13, 17, 15, 16, 17]
+    write_shard(tmp_path / "data" / "train-00000-of-00004.parquet", [b""] * 10, (4, 4, 2), [2] * 10)
+    cfg.source, cfg.eval_split, cfg.decode = str(tmp_path / "data" / "train-00000*"), "train", "stream"
+    with pytest.raises(OSError, match="None of the 9 images of class 'oak' of .* can be read"):
+        load_images(cfg, "train").images[:2]
+
+
+@pytest.fixture
+def memory():
+    """A file system that is no disk."""
+    fs = fsspec.filesystem("memory")
+    yield "memory://stream"
+    fs.rm("/stream", recursive=True)
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.parquet", "/t*-0000?-*.parquet"])
+def test_files_may_be_anywhere(cfg, memory, pattern):
+    for name in ("train", "test"):
+        write_split(memory, name, 0 if name == "train" else 100)
+    cfg.source = memory + pattern
+    data = load_images(cfg, "train")
+    assert sorted(g for i in range(9) for g in greys(step(data, i))) == list(range(N))
+    assert greys(load_images(cfg, "eval").images[torch.tensor([0])]) == [100]
+    cfg.decode = "once"
+    with pytest.raises(ValueError, match="'memory://stream.*' is an address.*set data.decode=stream"):
+        load_images(cfg, "train")
+
+
+def test_a_single_file_is_shared_by_training_and_measuring(cfg, memory):
+    write_shard(f"{memory}/pictures.parquet", list(range(30)), (8, 8, 8, 6))
+    cfg.source = f"{memory}/pictures.parquet"
+    parts = [sorted(greys(load_images(cfg, split).images[:30])) for split in ("train", "eval")]
+    assert len(parts[1]) == 3 and sorted(parts[0] + parts[1]) == list(range(30))
+
+
+def fake_hub(monkeypatch, files: dict, features=None):
+    """The Hub as `datasets` shows it: addresses of files by split, and features."""
+    data_files = {datasets.NamedSplit(name): paths for name, paths in files.items()}
+    builder = SimpleNamespace(config=SimpleNamespace(data_files=data_files), info=SimpleNamespace(features=features))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: builder)
+
+
+def test_parquet_on_the_hub_is_not_downloaded(cfg, memory, monkeypatch):
+    files = {"train": f"{memory}/a.parquet", "valid": f"{memory}/b.parquet"}
+    for first, path in enumerate(files.values()):
+        write_shard(path, list(range(100 * first, 100 * first + 8)), (4, 4), [0, 1] * 4, datasets.Value("int64"))
+    feature = datasets.ClassLabel(names=["yew", "fir"])
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    fake_hub(monkeypatch, {name: [path] for name, path in files.items()}, features)
+    cfg.source, cfg.eval_split = "owner/trees", "valid"
+    data = load_images(cfg, "eval")
+    assert greys(data.images[:8]) == list(range(100, 108)) and data.class_names == ["yew", "fir"]
+    fake_hub(monkeypatch, {name: [path] for name, path in files.items()})
+    assert load_images(cfg, "eval").class_names == ["0", "1"]  # what the files say
+    cfg.eval_split = "test"
+    with pytest.raises(ValueError, match=r"no Parquet files of data.eval_split='test' but of 'train', 'valid'"):
+        load_images(cfg, "eval")
+    fake_hub(monkeypatch, {"train": [f"{memory}/a.zip"]})
+    with pytest.raises(ValueError, match=r"owner/trees is not Parquet \('memory.*a.zip'\).*decode=on-the-fly"):
+        load_images(cfg, "train")
+
+
+def test_words_as_labels_are_numbered_by_the_training_split(cfg, memory):
+    word = datasets.Value("string")
+    write_shard(f"{memory}/train.parquet", [1, 2, 3, 4], (2, 2), ["oak", "elm", "oak", "ash"], word)
+    write_shard(f"{memory}/test.parquet", [5, 6], (2,), ["oak", "elm"], word)
+    cfg.source = memory
+    data = load_images(cfg, "eval")
+    assert data.labels.tolist() == [2, 1] and data.class_names == ["ash", "elm", "oak"]
+    write_shard(f"{memory}/test.parquet", [5, 6], (2,), ["oak", "fig"], word)
+    with pytest.raises(ValueError, match="1 of 2 images of .* have no class that the training split knows"):
+        load_images(cfg, "eval")
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"source": "fashion-mnist"}, "'fashion-mnist' is not Parquet.*set data.decode=on-the-fly"),
+    ({"source": "{}/images"}, "images' is not Parquet.*set data.decode=on-the-fly"),
+    ({"source": "{}/data/*.txt"}, "there is no such Parquet file"),
+    ({"source": "{}/absent.parquet"}, "there is no such Parquet file"),
+    ({"source": "{}/junk.parquet"}, "junk.parquet cannot be streamed, ArrowInvalid: .*: check data.source"),
+    ({"source": "{}/empty.parquet"}, "empty.parquet has no rows for 'train'"),
+    ({"source": "owner/absent"}, "owner/absent cannot be streamed, .*: check data.source"),
+    ({"source": "gopher://x/y.parquet"}, "cannot be streamed, ValueError: Protocol not known: gopher"),
+    ({"eval_split": "valid"}, "no Parquet files of data.eval_split='valid' but of 'data', 'test', 'train'|'test'"),
+    ({"image_column": "picture"}, "has no column 'picture' but 'image', 'label': set data.image_column"),
+    ({"image_column": "label"}, "column 'label' of .* holds no images but int64: set data.image_column"),
+    ({"label_column": "image"}, "column 'image' of .* holds not one class an image but .*: set data.label_column"),
+])  # fmt: skip
+def test_what_cannot_be_streamed_is_said(tmp_path, cfg, change, said):
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "cat" / "0.png").write_bytes(encoded((0, 0, 0)))
+    (tmp_path / "junk.parquet").write_bytes(b"no Parquet at all")
+    write_shard(tmp_path / "empty.parquet", [], ())
+    cfg = DataConfig(**{**vars(cfg), **{key: value.format(tmp_path) for key, value in change.items()}})
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
+        load_images(cfg, "train")
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory):
+    """Path of a preset that streams 45 waves, across or down, in windows of 16: an epoch is 5 steps of 8."""
+    folder, random = tmp_path_factory.mktemp("stream"), np.random.default_rng(0)
+    greys = [int(grey) for grey in random.integers(0, 256, N)]
+    start = 0
+    for number, groups in enumerate(SHARDS):
+        write_shard(folder / f"pictures-{number}.parquet", greys[start : start + sum(groups)], groups)
+        start += sum(groups)
+    data = {**PRESET["data"], "source": f"{folder}/*.parquet", "decode": "stream", "window": WINDOW,
+            "eval_split": "train"}  # fmt: skip
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**PRESET, "data": data}))
+    return folder / "tiny.yaml"
+
+
+ON_THE_FLY = ["train_transformer.codes=on-the-fly", "transformer.dropout=0"]
+
+
+@pytest.fixture(scope="module")
+def reference(scripts, preset, tmp_path_factory):
+    output = tmp_path_factory.mktemp("reference")
+    for script in ("train_tokenizer", "encode_dataset", "train_transformer"):
+        code, text = scripts.run(script, [preset, "--output", output, *ON_THE_FLY])
+        assert code == 0, text
+    return output
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_a_killed_run_goes_on_to_the_same_weights(scripts, preset, reference, tmp_path, stage):
+    shutil.copytree(reference / "tokenizer", tmp_path / "tokenizer")
+    argv = [preset, "--output", tmp_path, *ON_THE_FLY]
+    stop_at(scripts, argv, stage, 8)  # in the middle of an epoch and of a window
+    code, text = scripts.run(f"train_{stage}", argv)
+    assert code == 0 and "Resumed from" in text, text
+    assert_same_run(tmp_path, reference, stage)
+
+
+def test_two_processes_train_as_one(scripts, preset, reference, tmp_path):
+    code, text = scripts.run("train_tokenizer", [preset, "--output", tmp_path], processes=2)
+    assert code == 0, text
+    assert_same_up_to_rounding(tmp_path, reference, "tokenizer")
+
+
+def test_codes_of_a_stream_are_those_of_a_download(scripts, preset, reference, tmp_path):
+    shutil.copytree(reference / "tokenizer", tmp_path / "tokenizer")
+    code, text = scripts.run("encode_dataset", [preset, "--output", tmp_path, "data.decode=on-the-fly"])
+    assert code == 0, text
+    names = sorted(path.name for path in (reference / "codes").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "codes").iterdir()) and len(names) == 3
+    for name in names:
+        assert (tmp_path / "codes" / name).read_bytes() == (reference / "codes" / name).read_bytes()
+
+
+def test_what_ends_a_stream_is_said_in_a_sentence(scripts, preset, tmp_path):
+    for path in preset.parent.glob("*.parquet"):
+        shutil.copy(path, tmp_path)
+    argv = [preset, "--output", tmp_path / "run", f"data.source={tmp_path}/*.parquet", "train_tokenizer.steps=100000"]
+    run = scripts.start("train_tokenizer", argv)
+    wait_until((tmp_path / "run" / "train_tokenizer" / "checkpoints" / "step-00000004").exists)
+    for path in tmp_path.glob("*.parquet"):
+        path.unlink()
+    code, text = run.wait()
+    assert code == 1 and "Traceback" not in text
+    assert "cannot be read: FileNotFoundError" in text and "the same command goes on" in text
