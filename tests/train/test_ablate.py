@@ -100,6 +100,24 @@ def test_a_command_is_stopped_and_waited_for_when_the_program_is(python, tmp_pat
     assert (tmp_path / "saved").exists()
 
 
+def test_a_finished_run_is_kept_as_long_as_its_commands_are_the_same(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(ablate, "run_stage", lambda stage, *limits: ran.append(stage.module) or True)
+    monkeypatch.setattr(ablate, "measurements", lambda *of: {})
+    (tmp_path / "preset").mkdir()
+
+    def stages_run(*options: str) -> list[str]:
+        ran.clear()
+        args, _ = ablate.parse_arguments(["fashion-mnist-32", "--output", str(tmp_path), *options])
+        assert ablate.run_all(args, {"preset": []})
+        return ran.copy()
+
+    everything = ["train_tokenizer", "encode_dataset", "train_transformer"]
+    assert stages_run("--steps", "12") == everything
+    assert stages_run("--steps", "12") == []
+    assert stages_run("--steps", "24") == everything
+
+
 # ------------------------------------------------------------------------------------------- tables
 
 

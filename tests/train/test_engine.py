@@ -20,7 +20,7 @@ from train.clock import StepClock
 from train.command_line import parse_arguments
 from train.config import Config, StageConfig, TokenizerStage
 from train.data import ImageSet
-from train.engine import Run, learning_rate
+from train.engine import Run, learning_rate, make_ema
 from train.train_tokenizer import evaluate, nested_loss, sample_lengths
 
 # ------------------------------------------------------------------------------------------------ optimisation
@@ -43,6 +43,18 @@ def test_learning_rate_of_short_runs(warmup, steps):
     rates = [learning_rate(step, stage) for step in range(steps)]
     assert all(0 <= rate <= 1 for rate in rates)
     assert max(rates) == pytest.approx(1.0 if warmup <= steps else steps / warmup)
+
+
+@torch.no_grad()
+def test_decay_of_the_averaged_weights_rises_to_its_setting():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    ema, expected = make_ema([weight], 0.5), 0.0
+    for step in range(1, 20):
+        weight.fill_(step**2)
+        ema.step([weight])
+        decay = 0 if step == 1 else min(0.5, step / (9 + step))
+        expected = decay * expected + (1 - decay) * step**2
+        assert ema.shadow_params[0].item() == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------------------ losses
