@@ -72,13 +72,14 @@ def test_the_finished_models_load_and_generate(reference, preset):
 def test_the_finished_weights_are_the_averaged_ones(reference, stage):
     folder = newest_checkpoint(reference, stage)
     trained = load_file(folder / "model.safetensors")
-    averages = torch.load(folder / "custom_checkpoint_0.pkl", weights_only=True)["shadow_params"]
+    average = torch.load(folder / "custom_checkpoint_0.pkl", weights_only=True)
+    assert average["optimization_step"] == STEPS  # one of each step
     finished = load_file(
         reference / {"tokenizer": "tokenizer", "transformer": "pipeline/transformer"}[stage]
         / "diffusion_pytorch_model.safetensors"
     )  # fmt: skip
     assert finished.keys() == trained.keys()
-    left = {average.half().numpy().tobytes() for average in averages}
+    left = {weight.half().numpy().tobytes() for weight in average["shadow_params"]}
     for name, weight in finished.items():
         if name == "quantizer.codebook":
             torch.testing.assert_close(weight, trained[name].half(), rtol=0, atol=0)
