@@ -115,6 +115,16 @@ def test_codes_were_revived_in_the_reference(reference):
     assert sum(line.get("revived", 0) for line in metrics(reference, "tokenizer")) > 0
 
 
+def test_every_code_is_put_onto_a_latent_before_the_first_quantized_step(scripts, command, tmp_path):
+    settings = [f"train_tokenizer.{key}" for key in ("steps=4", "quantize_from=4", "checkpoint_every=1")]
+    code, text = scripts.run("train_tokenizer", command("tokenizer", *settings))
+    assert code == 0, text
+    folders = sorted((tmp_path / "train_tokenizer" / "checkpoints").glob("step-*"))
+    before, after = (load_file(folder / "model.safetensors")["quantizer.codebook"] for folder in folders)
+    # No gradient has reached the codebook so far: what moves it is the batch that it is filled with.
+    assert (before != after).any(dim=1).all()
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_finished_run_ends_at_once_and_changes_nothing(scripts, command, reference, tmp_path, stage):
     shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
