@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
@@ -150,15 +150,14 @@ class Run:
                 self._stop_reason = "another process stops"
         return bool(self._stop_reason)
 
-    def micro_batches(
-        self, n: int, step: int, permutation: Callable[[int, int], Tensor] | None = None
-    ) -> Iterator[tuple[Tensor, int, int]]:
-        """This process's slices of the step's global batch out of n images; `permutation` as in `step_indices`.
+    def micro_batches(self, data: Sized, step: int) -> Iterator[tuple[Tensor, int, int]]:
+        """This process's slices of the step's global batch, in the order that `data` asks for by its `permutation`.
 
         Yields (indices (b,), number of the slice in the global batch, number of slices in it).
         """
         try:
-            chosen = step_indices(n, self.stage.batch_size, self.stage.seed, step, permutation)
+            permutation = getattr(data, "permutation", None)  # see `step_indices`
+            chosen = step_indices(len(data), self.stage.batch_size, self.stage.seed, step, permutation)
         except ValueError as error:
             self.exit(str(error))
         for part in range(self.stage.grad_accumulation):
@@ -193,8 +192,7 @@ class Run:
 
         def load(step: int) -> dict[int, Tensor]:
             data.expect(self.stage.batch_size, self.stage.seed, step)
-            slices = self.micro_batches(len(data), step, data.permutation)
-            return {slot: data.gather(chosen, pin) for chosen, slot, _ in slices}
+            return {slot: data.gather(chosen, pin) for chosen, slot, _ in self.micro_batches(data, step)}
 
         return Prefetch(load)
 

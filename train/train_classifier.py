@@ -59,7 +59,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     done = run.resume()
     for step in run.steps(done):
         loss_sum = torch.zeros((), device=device)
-        for part, (chosen, slot, slots) in enumerate(run.micro_batches(len(data), step, data.permutation)):
+        for part, (chosen, slot, slots) in enumerate(run.micro_batches(data, step)):
             with run.clock.data():
                 images = run.to_device(fetch(step)[slot])
                 x = to_float(augment(images, config.data.augment, run.generator(step, 0), slot, slots))

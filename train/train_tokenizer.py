@@ -170,7 +170,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
         at_work = [term for term in terms.values() if step >= term.first_step]
         sums: dict[str, Tensor] = {}
         parts: list[tuple[Tensor, Tensor]] = []
-        for part, (_, slot, slots) in enumerate(run.micro_batches(len(data), step, data.permutation)):
+        for part, (_, slot, slots) in enumerate(run.micro_batches(data, step)):
             with run.clock.data():
                 # Equal draws for each part, of which it takes its own slice.
                 images = run.to_device(fetch(step)[slot])

@@ -175,7 +175,7 @@ def train(run: Run, config: Config) -> None:
     ema.to(device)  # a checkpoint is loaded to the CPU
     for step in () if stopping.over else run.steps(done):
         by_position = torch.zeros(tokenizer.config.num_tokens, device=device)
-        for part, (chosen, slot, slots) in enumerate(run.micro_batches(len(source), step, source.permutation)):
+        for part, (chosen, slot, slots) in enumerate(run.micro_batches(source, step)):
             codes, labels = source.batch(chosen, slot, slots, step)
             synchronise = part + 1 == stage.grad_accumulation
             with run.accumulation(model, synchronise):

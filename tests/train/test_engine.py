@@ -141,7 +141,7 @@ def test_slices_of_a_step_make_up_its_batch_and_an_epoch_takes_each_image_once(p
             micro_batch = batch // (processes * accumulation)
             process = SimpleNamespace(process_index=rank)
             run = SimpleNamespace(stage=stage, micro_batch=micro_batch, accelerator=process)
-            for chosen, slot, slots in Run.micro_batches(run, n, step):
+            for chosen, slot, slots in Run.micro_batches(run, range(n), step):
                 slices[slot] = chosen
                 assert slots == processes * accumulation
         assert sorted(slices) == list(range(processes * accumulation))
@@ -164,7 +164,7 @@ def test_images_read_ahead_are_those_of_the_slices_each_once_an_epoch():
     seen = []
     for step in range(n // batch):
         for run, fetch in runs:
-            for chosen, slot, _ in run.micro_batches(n, step):
+            for chosen, slot, _ in run.micro_batches(data, step):
                 assert fetch(step)[slot][:, 0, 0, 0].tolist() == chosen.tolist()
                 seen += chosen.tolist()
     assert len(seen) == len(set(seen)) == 48

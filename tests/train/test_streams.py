@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -19,9 +20,12 @@ from tests.train.conftest import PRESET
 from tests.train.runs import assert_same_run, assert_same_up_to_rounding, stop_at
 from tests.train.test_sources import encoded
 from train import streams
-from train.config import DataConfig
+from train.clock import StepClock
+from train.config import Config, DataConfig, TransformerStage
 from train.data import load_images, step_indices
 from train.decoding import ReadError
+from train.engine import Run
+from train.train_transformer import CodeSource
 
 SIZE, BATCH_SIZE, WINDOW = 8, 5, 16
 SHARDS = [(4, 4, 2), (4, 4), (4, 4, 4, 3), (4, 4, 4)]  # rows of the row groups of each file
@@ -129,6 +133,44 @@ def test_a_run_that_starts_anywhere_sees_what_it_would_have_seen(cfg, reads):
     assert greys(step(resumed, 2)) == expected[2]
 
 
+def a_process(rank: int, accumulation: int, batch_size: int = 12, processes: int = 2) -> SimpleNamespace:
+    """A training run as far as data goes, in one of some processes."""
+    stage = TransformerStage(batch_size=batch_size, grad_accumulation=accumulation, label_dropout=0.0)
+    accelerator = SimpleNamespace(process_index=rank, device=torch.device("cpu"))
+    run = SimpleNamespace(stage=stage, accelerator=accelerator, micro_batch=batch_size // processes // accumulation,
+                          dry=False, clock=StepClock(), to_device=lambda x: x)  # fmt: skip
+    for name in ("micro_batches", "prefetch", "generator"):
+        setattr(run, name, partial(getattr(Run, name), run))
+    return run
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_slices_of_processes_make_up_the_batch_of_one(cfg, reads, accumulation):
+    alone, seen = load_images(cfg, "train"), []
+    runs = [(a_process(rank, accumulation), load_images(cfg, "train")) for rank in range(2)]
+    fetches = [run.prefetch(data) for run, data in runs]
+    for number in range(N // 12):
+        slices = {slot: greys(images) for fetch in fetches for slot, images in fetch(number).items()}
+        whole = sum((slices[slot] for slot in range(2 * accumulation)), [])
+        assert whole == step_indices(N, 12, 0, number, alone.permutation).tolist()
+        seen += whole
+    assert len(set(seen)) == 36
+
+
+def test_labels_are_those_of_the_images_that_are_encoded_on_the_way(cfg, tmp_path):
+    config = Config(data=cfg, train_transformer=TransformerStage(codes="on-the-fly", label_dropout=0.0, batch_size=12))
+    encode = SimpleNamespace(
+        device="cpu", encode=lambda x: ((x[:, 0, 0, :1] + 1) * 127.5).round().long()  # a code that is the grey level
+    )  # fmt: skip
+    config.train_transformer.grad_accumulation = 2
+    run = a_process(0, accumulation=2, processes=1)
+    source = CodeSource(config, run, encode)
+    for number in range(5):
+        for chosen, slot, slots in run.micro_batches(source, number):
+            codes, labels = source.batch(chosen, slot, slots, number)
+            assert codes[:, 0].tolist() == chosen.tolist() and torch.equal(labels, codes[:, 0] % 3)
+
+
 # ------------------------------------------------------------------------------------------------ reading
 
 
@@ -182,6 +224,8 @@ def wait_until(condition) -> None:
 def test_slices_in_order_read_each_row_group_once(cfg, reads, monkeypatch):
     monkeypatch.setattr(streams, "READERS", 2)
     data = load_images(cfg, "train")
+    data.images[:3]
+    assert sorted(data.images._held) == [0, 1, 2]  # the next ones are on their way
     found, most = [], 0
     for part in data.images.split(7):
         found += greys(part)
