@@ -109,8 +109,10 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own(cfg):
 
 
 def test_images_are_shuffled_within_windows_of_whole_row_groups(cfg):
-    order = load_images(cfg, "train").images._order(0, 0)
+    images = load_images(cfg, "train").images
+    order, later = images._order(0, 0), images._order(0, 1)
     assert sorted(np.concatenate(order.windows)) == list(range(GROUPS))
+    assert [set(window) for window in order.windows] != [set(window) for window in later.windows]
     assert len(order.windows) == 3  # 45 images, 16 a window
     for window, start, stop in zip(order.windows, order.bounds[:-1], order.bounds[1:], strict=True):
         found = order.permutation[start:stop].tolist()
@@ -238,9 +240,11 @@ def test_other_look_ups_leave_the_windows_where_they_are(cfg, reads):
     data = load_images(cfg, "train")
     step(data, 0)
     held = dict(data.images._held)
-    chosen = torch.tensor([44, 0, 20, 0])
-    assert greys(data.images[chosen]) == [44, 0, 20, 0]
-    assert data.images._held == held
+    wait_until(lambda: set(reads) == held.keys())
+    reads.clear()
+    chosen = torch.tensor([44, 0, 20, 0, *range(0, N, 4)])
+    assert greys(data.images[chosen]) == chosen.tolist()
+    assert data.images._held == held and set(reads) <= set(range(GROUPS)) - held.keys()
     reads.clear()
     step(data, 1)
     assert len(set(reads) & held.keys()) == 0
