@@ -31,6 +31,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", 
 # trust_remote_code=True)` finds the class.
 PIPELINE_FILE = "from spectralar.pipeline import SpectralARPipeline  # noqa: F401\n"
 
+
 class SpectralARPipeline(DiffusionPipeline):
     r"""
     Class-conditional image generation by spectral tokens, coarse to fine (SpectralAR, arXiv 2506.10962).

@@ -58,6 +58,9 @@ DARK = Palette(
 )  # fmt: skip
 
 
+THIRD = (4.2, 2.8)  # inches, of a chart that shares its row with two others: there, letters stay legible
+
+
 class Chart(Figure):
     """A figure and its numbers.
 
@@ -158,7 +161,7 @@ def cutoff_schedule(cutoffs: Sequence[int], palette: Palette = LIGHT) -> Chart:
         "prefix_length": k.tolist(), "cutoff": list(cutoffs), "band_from": list(low), "band_to": list(high),
         "coefficients_opened": [b * b - a * a for a, b in zip(low, high, strict=True)],
     }  # fmt: skip
-    chart = Chart(columns, palette)
+    chart = Chart(columns, palette, THIRD)
     axes = chart.plot_axes("prefix length k", f"cutoff, of {size}")
     axes.plot([0, n], [0, size], color=palette.muted, linewidth=1, linestyle=(0, (4, 3)), label="even schedule")
     axes.step(np.r_[0, k], np.r_[0, cutoffs], where="post", color=palette.series[0], linewidth=1.8, label="this model")
@@ -395,11 +398,11 @@ def quality(
 
 
 def codebook_use(used: ArrayLike, perplexity: ArrayLike, codebook_size: int, palette: Palette = LIGHT) -> Chart:
-    """Entries of the codebook that each position uses, and its perplexity, both (N,), on a log axis up to K."""
+    """Entries of the codebook that each position uses, and its perplexity, both (N,), beside its size K."""
     used, perplexity = _floats(used), _floats(perplexity)
     k = np.arange(1, len(used) + 1)
     columns = {"position": k.tolist(), "entries_used": used.astype(int).tolist(), "perplexity": perplexity.tolist()}
-    chart = Chart(columns, palette)
+    chart = Chart(columns, palette, THIRD)
     axes = chart.plot_axes("position", "codebook entries")
     axes.axhline(codebook_size, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)), label=f"all {codebook_size}")
     axes.plot(k, used, color=palette.series[0], linewidth=1.6, marker="o", markersize=3, label="seen at least once")
@@ -415,7 +418,7 @@ def next_token_entropy(entropy: ArrayLike, codebook_size: int, palette: Palette 
     bits = _floats(entropy) / math.log(2)
     k = np.arange(1, len(bits) + 1)
     columns = {"position": k.tolist(), "entropy_nats": _floats(entropy).tolist(), "entropy_bits": bits.tolist()}
-    chart = Chart(columns, palette)
+    chart = Chart(columns, palette, THIRD)
     axes = chart.plot_axes("position", "entropy, bits a token")
     limit = math.log2(codebook_size)
     axes.axhline(limit, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)), label=f"log₂ {codebook_size}")

@@ -24,6 +24,7 @@ PAGE_COLOURS = {
     LIGHT.muted: "var(--body-text-color-subdued)",
     LIGHT.grid: "var(--border-color-primary)",
     LIGHT.series[0]: "var(--color-accent)",
+    **{colour: f"var(--series-{i})" for i, colour in enumerate(LIGHT.series[1:], start=1)},  # in style.css
 }
 
 

@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import pytest
 
 from spectralar import plots
+from spectralar.demo import figures
 from spectralar.demo.figures import FORMATS, PAGE_COLOURS, chart_bytes, shown, tables
+from spectralar.plots import DARK, LIGHT
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +17,7 @@ def test_a_chart_takes_the_colours_of_the_page(chart):
     svg = shown(chart)["svg"]
     assert svg.startswith("<svg") and "http" not in svg.replace("http://www.w3.org/", "")
     for colour, name in PAGE_COLOURS.items():
-        assert colour not in svg and name in svg
+        assert colour not in svg and (name in svg) == (colour in chart.svg())
     assert plots.LIGHT.background not in svg
     assert plots.LIGHT.muted in chart.svg()  # the file to take away keeps its own
 
@@ -35,3 +39,10 @@ def test_no_other_formats(chart):
 
 def test_tables(chart):
     assert tables({"a": chart})["a"]["cutoff"] == [1, 1, 3, 8]
+
+
+@pytest.mark.parametrize(("selector", "palette"), [(":root", LIGHT), (".dark", DARK)])
+def test_the_page_has_the_colours_of_both_palettes(selector, palette):
+    style = (Path(figures.__file__).parent / "style.css").read_text()
+    colours = ", ".join(f"--series-{i}: {colour}" for i, colour in enumerate(palette.series[1:], start=1))
+    assert f"{selector} {{ {colours.replace(', ', '; ')}; }}" in style
