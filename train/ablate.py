@@ -52,12 +52,13 @@ def tables(config: Config) -> dict[str, dict[str, list[str]]]:
             "cosine codebook": ("", "rotation_trick=false"),
             "with the rotation trick": ("", "rotation_trick=true"),
             "nested codebooks from 2 entries": ("codebook_sizes=[2]", "rotation_trick=false"),
-            f"FSQ {levels}": (f"{grid} codebook_dim={len(levels)}", "rotation_trick=false"),
+            f"FSQ {levels}": (f"{grid} codebook_dim={len(levels)}", "rotation_trick=false quantize_from=0"),
         },
         "alpha": {f"alpha {alpha:g}": (f"alpha={alpha}", "") for alpha in (0.5, 1.0, 1.5, 2.0)},
         "seeds": {f"seed {seeds[0] + i}": ("", f"seed={seeds[0] + i}") for i in range(3)},
         "nesting": {
             "spectral targets": ("", ""),
+            "spectral targets, equal weights": ("", "largest_boost=1"),
             "nested dropout without spectral targets": ("alpha=0", ""),
             "no nesting": ("", "prefixes_per_step=0"),
         },
@@ -88,8 +89,8 @@ def _changes(config: Config, setting: str) -> bool:
 TABLES = tuple(tables(Config()))
 NOTES = {
     "alpha": "x_k is another target for each alpha: compare the PSNR against the image.",
-    "nesting": "Without spectral targets x_k is the image. Without nesting only the full prefix is trained, by steps "
-    "that take less time.",
+    "nesting": "Without spectral targets x_k is the image, and all prefixes weigh the same. Without nesting only the "
+    "full prefix is trained, by steps that take less time.",
     "seeds": "The spread is that of three runs: differences between runs of other tables that are no larger say "
     "nothing.",
 }
