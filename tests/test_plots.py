@@ -14,6 +14,7 @@ from matplotlib import pyplot
 from PIL import Image
 
 from spectralar import plots
+from spectralar.chart import DARK, LIGHT, Chart
 from spectralar.spectral import band_energy, bands, cutoff_schedule, dct2, radial_power_spectrum
 
 SIZE, N, K = 8, 12, 64
@@ -48,13 +49,13 @@ def draw(request):
     return CHARTS[request.param]
 
 
-def table(chart: plots.Chart) -> dict[str, list[str]]:
+def table(chart: Chart) -> dict[str, list[str]]:
     """The chart's CSV by column."""
     heading, *rows = csv.reader(io.StringIO(chart.csv()))
     return {name: [row[i] for row in rows] for i, name in enumerate(heading)}
 
 
-def curve(chart: plots.Chart, label: str, axes: int = 0) -> np.ndarray:
+def curve(chart: Chart, label: str, axes: int = 0) -> np.ndarray:
     """(x, y) of the line with a label: (2, n)."""
     (line,) = (line for line in chart.axes[axes].lines if line.get_label() == label)
     return np.array(line.get_data(), dtype=float)
@@ -64,12 +65,12 @@ def curve(chart: plots.Chart, label: str, axes: int = 0) -> np.ndarray:
 
 
 def test_files_of_a_chart(draw):
-    chart = draw(plots.DARK)
+    chart = draw(DARK)
     picture = Image.open(io.BytesIO(chart.png(dpi=50)))
     assert picture.size == pytest.approx(chart.get_size_inches() * 50, abs=1)
     assert picture.convert("RGB").getpixel((0, 0)) == (2, 6, 23)  # the palette's background
-    dark, light = chart.svg().lower(), draw(plots.LIGHT).svg().lower()
-    for ours, others, palette in ((dark, light, plots.DARK), (light, dark, plots.LIGHT)):
+    dark, light = chart.svg().lower(), draw(LIGHT).svg().lower()
+    for ours, others, palette in ((dark, light, DARK), (light, dark, LIGHT)):
         assert palette.muted in ours and palette.muted not in others
     root = ElementTree.fromstring(chart.svg())
     text = " ".join(root.itertext())
@@ -89,7 +90,7 @@ def test_files_of_a_chart(draw):
 
 
 def test_colours_of_a_palette_are_told_apart():
-    for palette in (plots.LIGHT, plots.DARK):
+    for palette in (LIGHT, DARK):
         colours = [palette.background, palette.ink, palette.muted, palette.grid, *palette.series]
         assert len(set(colours)) == len(colours)
         assert all(len(colour) == 7 and colour == colour.lower() for colour in colours)
@@ -99,7 +100,7 @@ def test_threads_draw_side_by_side_and_leave_no_settings_behind():
     before = dict(matplotlib.rcParams)
     draw = [CHARTS[name] for name in ("cutoff_schedule", "next_token_entropy")] * 3
     with ThreadPoolExecutor(4) as pool:
-        files = list(pool.map(lambda chart: chart(plots.LIGHT).svg(), draw))
+        files = list(pool.map(lambda chart: chart(LIGHT).svg(), draw))
     assert files[0] == files[2] == files[4] and files[1] == files[3] == files[5]
     assert all("<text" in file for file in files)
     assert dict(matplotlib.rcParams) == before
@@ -107,7 +108,7 @@ def test_threads_draw_side_by_side_and_leave_no_settings_behind():
 
 def test_pyplot_keeps_no_figure():
     """It would keep them until it is told to close them: a server would fill up."""
-    CHARTS["cutoff_schedule"](plots.LIGHT).png(40)
+    CHARTS["cutoff_schedule"](LIGHT).png(40)
     assert pyplot.get_fignums() == []
 
 
@@ -115,7 +116,7 @@ def test_pyplot_keeps_no_figure():
 
 
 def test_schedule():
-    chart = CHARTS["cutoff_schedule"](plots.LIGHT)
+    chart = CHARTS["cutoff_schedule"](LIGHT)
     assert curve(chart, "this model").tolist() == [list(range(N + 1)), [0, *CUTOFFS]]
     columns = chart.columns
     assert sum(columns["coefficients_opened"]) == SIZE**2
@@ -123,7 +124,7 @@ def test_schedule():
 
 
 def test_squares_have_the_cutoffs_of_their_labels():
-    chart = CHARTS["nested_squares"](plots.LIGHT)
+    chart = CHARTS["nested_squares"](LIGHT)
     axes = chart.axes[0]
     sides = [patch.get_width() for patch in axes.patches]
     labels = [int(text.get_text()) for text in axes.texts]
@@ -137,7 +138,7 @@ def test_squares_have_the_cutoffs_of_their_labels():
 
 
 def test_band_energies_leave_out_empty_bands():
-    chart = CHARTS["band_energies"](plots.LIGHT)
+    chart = CHARTS["band_energies"](LIGHT)
     assert len(OPENING) < N
     expected = band_energy(IMAGE, CUTOFFS)[OPENING]
     np.testing.assert_allclose(curve(chart, "image")[1], expected)
@@ -192,7 +193,7 @@ def test_influence_is_drawn_as_it_is_on_a_log_scale():
 
 
 def test_quality_says_what_cannot_go_so_low():
-    chart = CHARTS["quality"](plots.LIGHT)
+    chart = CHARTS["quality"](LIGHT)
     assert curve(chart, "reconstruction").tolist() == [list(range(1, N + 1)), PSNR["reconstruction"]]
     assert np.isnan(curve(chart, "JPEG", 1)[1]).tolist() == [True] * 10 + [False] * 2
     assert "WebP: cannot go this low" in chart.svg()
@@ -202,7 +203,7 @@ def test_quality_says_what_cannot_go_so_low():
 
 
 def test_codebook_and_entropy_against_their_limits():
-    use, entropy = CHARTS["codebook_use"](plots.LIGHT), CHARTS["next_token_entropy"](plots.LIGHT)
+    use, entropy = CHARTS["codebook_use"](LIGHT), CHARTS["next_token_entropy"](LIGHT)
     assert curve(use, "seen at least once")[1].tolist() == list(range(9, 9 + N))
     assert curve(use, f"all {K}")[1].tolist() == [K, K]
     np.testing.assert_allclose(curve(entropy, "model")[1], np.linspace(1, 4, N) / math.log(2), rtol=1e-6)

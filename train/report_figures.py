@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from spectralar.plots import LIGHT, Chart
+from spectralar.chart import LIGHT, Chart
 
 PANEL = 3.1, 2.6  # inches
 MARKERS = "osD^v"

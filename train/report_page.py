@@ -10,7 +10,7 @@ from typing import Any
 
 from markdown import markdown as to_html
 
-from spectralar.plots import DARK, LIGHT, Chart, Palette
+from spectralar.chart import DARK, LIGHT, Chart, Palette
 
 from .report import markdown, shown
 from .report_figures import charts

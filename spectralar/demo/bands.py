@@ -19,8 +19,8 @@ from ..analysis import (
     influence_steps,
     token_contributions,
 )
+from ..chart import Chart
 from ..image import to_model_input
-from ..plots import Chart
 from ..spectral import band_energy, dct2, radial_power_spectrum
 from .errors import one_sentence, user_error
 from .figures import FORMATS, chart_bytes, figure, listen_to_saves, shown, tables

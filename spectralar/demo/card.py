@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__, plots
 from ..analysis import code_use
-from ..plots import Chart
+from ..chart import Chart
 from ..spectral import dct2, low_pass, square_frequency
 from .figures import figure, listen_to_saves, tables
 from .folder import model_card, model_folder, model_statistics

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .. import plots
-from ..plots import Chart
+from ..chart import Chart
 from ..spectral import low_pass
 from .model import Model, own_pipe, to_pixels
 from .scrubber import StripEncoder, scrubber_value

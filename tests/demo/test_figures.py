@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from spectralar import plots
+from spectralar.chart import DARK, LIGHT
 from spectralar.demo import figures
 from spectralar.demo.figures import FORMATS, PAGE_COLOURS, chart_bytes, shown, tables
-from spectralar.plots import DARK, LIGHT
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +18,8 @@ def test_a_chart_takes_the_colours_of_the_page(chart):
     assert svg.startswith("<svg") and "http" not in svg.replace("http://www.w3.org/", "")
     for colour, name in PAGE_COLOURS.items():
         assert colour not in svg and (name in svg) == (colour in chart.svg())
-    assert plots.LIGHT.background not in svg
-    assert plots.LIGHT.muted in chart.svg()  # the file to take away keeps its own
+    assert LIGHT.background not in svg
+    assert LIGHT.muted in chart.svg()  # the file to take away keeps its own
 
 
 def test_only_the_background_is_removed():

@@ -12,7 +12,7 @@ from PIL import Image
 
 from spectralar import SpectralARPipeline
 from spectralar.analysis import psnr, ssim
-from spectralar.plots import LIGHT
+from spectralar.chart import LIGHT
 from spectralar.spectral import nested_targets
 from tests.helpers import tiny_pipeline
 from train import evaluate as program
