@@ -97,7 +97,7 @@ def test_a_pack_is_made_anew_for_other_images(cfg, change):
         write_image(file, 55)
         os.utime(file, (1, 1))  # a clock may be coarser than a test is slow
     elif change == "added":
-        write_image(file.replace("08", "09"), 109)
+        write_image(os.path.join(os.path.dirname(file), "09.png"), 109)
     elif change == "removed":
         os.remove(file)
     else:
