@@ -7,6 +7,8 @@ loops in C++, and the products.
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +31,10 @@ def block_at(
         p: parameters of the block.
         modulation: (B, 6, D).
         keys, values: (B, heads, N, head_dim), written in place.
-        position: (1,) int64.
+        position: (1,) int64 in 0..N-1, of the token in the cache.
+
+    Returns:
+        (B, D).
     """
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)
     heads, length, head_dim = keys.shape[1:]
@@ -52,7 +57,18 @@ def step_at(
     model: Any, token: Tensor, position: Tensor, conditioning: tuple[Tensor, ...],
     parameters: Sequence[StepParameters], keys: Sequence[Tensor], values: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
-    """`SpectralARTransformer.step` for one token (B,) behind others: logits (B, K)."""
+    """`SpectralARTransformer.step` for one token behind others.
+
+    Args:
+        model: the `SpectralARTransformer`; only its own parameters are taken from it.
+        token: (B,) int64 in 0..K-1.
+        position: (1,) int64 in 1..N-1, inputs in the cache.
+        conditioning: a `Conditioning` of B rows.
+        parameters, keys, values: of each layer, as in `block_at`.
+
+    Returns:
+        (B, K), logits of the token after this one.
+    """
     _, blocks, final = conditioning
     x = F.embedding(token, model.token_embed.weight) + model.position.index_select(0, position)  # (B, D)
     for layer, p in enumerate(parameters):
@@ -60,6 +76,11 @@ def step_at(
     shift, scale = final.unbind(1)
     x = torch.addcmul(shift, F.layer_norm(x, x.shape[1:], eps=1e-6), scale)
     return linear(x, model.head.weight, model.head.bias)
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler where torch.compile looks for one: $CXX, g++ or, on macOS, clang++."""
+    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
 
 
 class CompiledStep:
@@ -73,12 +94,13 @@ class CompiledStep:
         return CompiledStep, ()  # a copy of the model compiles anew
 
     def __call__(self, *args: Any) -> Tensor | None:
-        """The logits; None if there is no compiler, or it failed."""
+        """Arguments and logits (B, K) as of `step_at`; None if there is no compiler, or it failed."""
         if self._step is None:
             return None
         try:
             return self._step(*args)
         except Exception as error:  # whatever a compiler may raise: sampling goes on without
             self._step = None
-            logger.warning("sampling without torch.compile: %s", str(error).strip().splitlines()[0])
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]  # compilers fill pages
+            logger.warning("sampling without torch.compile: %s", reason)
             return None

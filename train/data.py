@@ -1,11 +1,10 @@
 """Images for training: decoded once, kept as uint8, in an order that depends on the step alone.
 
 data = load_images(config.data, "train")                                # ImageSet
-chosen = step_indices(len(data), batch_size=64, seed=0, step=17)        # (64,), equal on every process
+chosen = step_indices(len(data), batch_size=64, seed=0, step=17)        # (64,), of `order`, equal on every process
 batch = to_float(augment(data.images[chosen], ["shift"], generator))    # (64, C, H, H) in [-1, 1]
 """
 
-import functools
 import json
 import logging
 import math
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 
 from .config import DataConfig
 from .decoding import LazyImages, Pack, decode_in_chunks, make_pack, on_main, pack_folder, read_pack
+from .order import evenly
 from .sources import Listing, list_images, quoted, source_version
 from .streams import StreamedImages, list_stream
 
@@ -132,34 +132,6 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1.0
 
 
-def evenly(n: int, count: int) -> torch.Tensor:
-    """min(n, count) indices spread evenly over 0..n-1: of a data set sorted by class, some of every class."""
-    count = min(n, count)
-    return torch.arange(count) * n // count
-
-
-def step_indices(
-    n: int, batch_size: int, seed: int, step: int, permutation: Callable[[int, int], torch.Tensor] | None = None
-) -> torch.Tensor:
-    """Which images one optimiser step takes, over all processes.
-
-    A pure function: a resumed run sees what it would have seen. Each epoch is a permutation of 0..n-1 of its
-    own; what does not fill a last batch is left out of that epoch.
-
-    Args:
-        permutation: (seed, epoch) -> (n,), the order in an epoch; None = a uniform one.
-
-    Returns:
-        (batch_size,) int64.
-    """
-    steps_per_epoch = n // batch_size
-    if steps_per_epoch == 0:
-        raise ValueError(f"There are {n} images, fewer than one batch of {batch_size}: lower batch_size.")
-    epoch, position = divmod(step, steps_per_epoch)
-    order = permutation(seed, epoch) if permutation else _permutation(n, seed, epoch)
-    return order[position * batch_size : (position + 1) * batch_size].clone()
-
-
 def augment(
     images: torch.Tensor, names: list[str], generator: torch.Generator, rank: int = 0, world: int = 1
 ) -> torch.Tensor:
@@ -260,12 +232,6 @@ def _readable(names: list[str], mapping_file: str) -> list[str]:
         first if firsts.count(first) == 1 else f"{first} ({name})" for name, first in zip(names, firsts, strict=True)
     ]
     return [", ".join([first, *others]) for first, (_, *others) in zip(shown, parts, strict=True)]
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(n, generator=generator)
 
 
 def _shift(images: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -29,8 +29,9 @@ from tqdm import tqdm
 from .checkpoints import Checkpoints
 from .clock import StepClock
 from .config import Config, StageConfig, config_to_dict, save_config
-from .data import ImageSet, Prefetch, step_indices
+from .data import ImageSet, Prefetch
 from .optimizers import make_optimizer
+from .order import step_indices
 from .sharding import ShardedAverage, averaged_copy, is_sharded, shard, shard_state, whole
 
 STOP_EVERY = 10  # steps between the questions whether another process wants to stop: each one waits for the device

@@ -138,6 +138,11 @@ def quoted(names: list[str], most: int = 8) -> str:
     return ", ".join(repr(name) for name in names[:most]) + more
 
 
+def reason(error: Exception) -> str:
+    """What kind of error, and the first line of what it says: for those of libraries, whose texts may be long."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(".")
+
+
 def is_hub_id(source: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) is not None
 
@@ -311,9 +316,8 @@ def _load(source: str, **arguments) -> "datasets.Dataset":
     except Exception as error:  # each builder and each layer of the network raises kinds of its own
         files = arguments.get("data_files")
         what = quoted(files, 3) if files else f"{source!r} (no folder here, so taken for a Hub id)"
-        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(".")
         raise ValueError(
-            f"`datasets` cannot load split {arguments['split']!r} of {what}, {reason}: check data.source, "
+            f"`datasets` cannot load split {arguments['split']!r} of {what}, {reason(error)}: check data.source, "
             "data.train_split and data.eval_split."
         ) from error
 

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from .config import DataConfig
 from .decoding import LazyImages, ReadError
+from .order import epoch_generator, evenly
 from .sources import (
     Listing,
     check_columns,
@@ -41,6 +42,7 @@ from .sources import (
     is_hub_id,
     own_split,
     quoted,
+    reason,
     take_part,
 )
 
@@ -101,7 +103,7 @@ class RowGroups:
                 return table.column(0) if len(rows) == len(table) else table.column(0).take(rows)
             except Exception as error:  # each file system raises kinds of its own
                 if pause is None or isinstance(error, FileNotFoundError):
-                    raise ReadError(f"{file}, row group {number}, cannot be read: {_reason(error)}") from error
+                    raise ReadError(f"{file}, row group {number}, cannot be read: {reason(error)}") from error
                 time.sleep(pause)
 
 
@@ -187,13 +189,9 @@ def _clear(cfg: DataConfig) -> Iterator[None]:
         if type(error) is ValueError and cfg.source in str(error):  # a sentence already
             raise
         raise ValueError(
-            f"{cfg.source} cannot be streamed, {_reason(error)}: check data.source, data.train_split and "
+            f"{cfg.source} cannot be streamed, {reason(error)}: check data.source, data.train_split and "
             "data.eval_split."
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(".")
 
 
 def _may_be_images(kind: Any) -> bool:
@@ -260,10 +258,9 @@ class StreamedImages(LazyImages):
 
     def evenly(self, count: int) -> Tensor:
         """min(n, count) positions, spread evenly, but over a few row groups of a stream that has many: (m,) int64."""
-        groups = np.arange(min(FEW, len(self._numbers))) * len(self._numbers) // min(FEW, len(self._numbers))
+        groups = evenly(len(self._numbers), FEW).numpy()
         places = np.flatnonzero(np.isin(self._groups, groups))
-        count = min(count, len(places))
-        return torch.from_numpy(places[np.arange(count) * len(places) // count])
+        return torch.from_numpy(places)[evenly(len(places), count)]
 
     def __getitem__(self, chosen: Tensor | slice) -> Tensor:
         in_order = isinstance(chosen, slice)
@@ -303,7 +300,7 @@ class StreamedImages(LazyImages):
         return Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
 
     def _make_order(self, seed: int, epoch: int) -> EpochOrder:
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        generator = epoch_generator(seed, epoch)
         windows = np.array_split(torch.randperm(len(self._numbers), generator=generator).numpy(), self._count)
         parts = []
         for window in windows:

@@ -29,10 +29,11 @@ from .adversarial import AdversarialTerm
 from .checkpoints import publish
 from .command_line import clear_errors, parse_arguments, read_split
 from .config import Config, TokenizerStage
-from .data import ImageSet, augment, evenly, to_float
+from .data import ImageSet, augment, to_float
 from .encode_dataset import load_tokenizer
 from .engine import Run, image_grid, make_ema
 from .losses import PerceptualTerm
+from .order import evenly
 
 REVIVAL_EVERY = 10  # steps between looks for dead codes: each look waits for the device
 EVAL_IMAGES, SHOWN_IMAGES = 1024, 10

@@ -24,10 +24,11 @@ from .checkpoints import publish
 from .codes import StoredCodes, fingerprint, read_shards
 from .command_line import clear_errors, parse_arguments, read_split
 from .config import Config
-from .data import ImageSet, augment, evenly, to_float
+from .data import ImageSet, augment, to_float
 from .early_stopping import EarlyStopping
 from .encode_dataset import encode_images, load_tokenizer, wanted_shards
 from .engine import Run, image_grid, make_ema
+from .order import evenly
 
 EVAL_IMAGES = 2048
 SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_GUIDANCE = 10, 8, 2.0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from shutil import which
 
 import torch
+
+from spectralar.compiled import has_compiler
 
 from .measure import Result, count_flops, faster, medians, rate, share
 from .models import (
@@ -49,7 +50,7 @@ def figures(suite: Suite) -> list[Figure]:
             found.append(Figure("sampling", setting, lambda s=shape, b=batch: against_others(suite, s, b), skip))
     if on_cpu:  # on CUDA steps are graphs, and all is bfloat16
         setting = f"{small.name}, batch 1"
-        skip = "" if any(map(which, ("g++", "clang++", "c++"))) else "no C++ compiler"
+        skip = "" if has_compiler() else "no C++ compiler"
         found.append(Figure("sampling, compiled", setting, lambda: compiled(suite, small, 1), skip))
         skip = "" if suite.fast_bfloat16 else "this CPU has no instructions for bfloat16"
         for shape, batch in ((small, 1), (large, 1), (large, 4)):
