@@ -22,6 +22,11 @@ def test_a_chart_takes_the_colours_of_the_page(chart):
     assert LIGHT.muted in chart.svg()  # the file to take away keeps its own
 
 
+def test_further_series_take_those_of_the_page():
+    svg = shown(plots.codebook_use([3, 4], [2.0, 3.0], 8))["svg"]
+    assert "var(--series-1)" in svg and LIGHT.series[1] not in svg
+
+
 def test_only_the_background_is_removed():
     svg = shown(plots.nested_squares([[0.0, -1], [-1, -2]], [1, 2]))["svg"]
     assert svg.count("#ffffff") >= 2  # the squares are white
