@@ -1,7 +1,7 @@
 """Images for training: decoded once, kept as uint8, in an order that depends on the step alone.
 
 data = load_images(config.data, "train")                                # ImageSet
-chosen = step_indices(len(data), batch_size=64, seed=0, step=17)        # (64,), of `order`, equal on every process
+chosen = data.step_indices(batch_size=64, seed=0, step=17)              # (64,), equal on every process
 batch = to_float(augment(data.images[chosen], ["shift"], generator))    # (64, C, H, H) in [-1, 1]
 """
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from .config import DataConfig
 from .decoding import LazyImages, Pack, decode_in_chunks, make_pack, on_main, pack_folder, read_pack
-from .order import evenly
+from .order import evenly, step_indices
 from .sources import Listing, list_images, quoted, source_version
 from .streams import StreamedImages, list_stream
 
@@ -46,6 +46,10 @@ class ImageSet:
     def permutation(self) -> Callable[[int, int], torch.Tensor] | None:
         """Of a stream, (seed, epoch) -> the order of its images (n,); None: any order is as good."""
         return self.images.permutation if isinstance(self.images, StreamedImages) else None
+
+    def step_indices(self, batch_size: int, seed: int, step: int) -> torch.Tensor:
+        """Which images a step takes, over all processes, (batch_size,) int64."""
+        return step_indices(len(self), batch_size, seed, step, self.permutation)
 
     def evenly(self, count: int) -> torch.Tensor:
         """min(n, count) positions spread evenly: of a data set sorted by class, some of every class."""

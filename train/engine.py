@@ -12,9 +12,9 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,6 @@ from .clock import StepClock
 from .config import Config, StageConfig, config_to_dict, save_config
 from .data import ImageSet, Prefetch
 from .optimizers import make_optimizer
-from .order import step_indices
 from .sharding import ShardedAverage, averaged_copy, is_sharded, shard, shard_state, whole
 
 STOP_EVERY = 10  # steps between the questions whether another process wants to stop: each one waits for the device
@@ -70,6 +69,14 @@ def make_accelerator(**options: Any) -> Accelerator:
     # for gloo's thread without letting go of Python's lock, and that thread may be waiting for the lock.
     _PROCESS_GROUPS.append(dist.group.WORLD)
     return accelerator
+
+
+class Steps(Protocol):
+    """What a run trains on: it knows which images each step takes."""
+
+    def step_indices(self, batch_size: int, seed: int, step: int) -> Tensor:
+        """As `order.step_indices`: (batch_size,) int64, a function of its arguments alone."""
+        ...
 
 
 class Run:
@@ -151,14 +158,13 @@ class Run:
                 self._stop_reason = "another process stops"
         return bool(self._stop_reason)
 
-    def micro_batches(self, data: Sized, step: int) -> Iterator[tuple[Tensor, int, int]]:
-        """This process's slices of the step's global batch, in the order that `data` asks for by its `permutation`.
+    def micro_batches(self, data: Steps, step: int) -> Iterator[tuple[Tensor, int, int]]:
+        """This process's slices of the step's global batch, which `data` chooses.
 
         Yields (indices (b,), number of the slice in the global batch, number of slices in it).
         """
         try:
-            permutation = getattr(data, "permutation", None)  # see `step_indices`
-            chosen = step_indices(len(data), self.stage.batch_size, self.stage.seed, step, permutation)
+            chosen = data.step_indices(self.stage.batch_size, self.stage.seed, step)
         except ValueError as error:
             self.exit(str(error))
         for part in range(self.stage.grad_accumulation):

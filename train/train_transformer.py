@@ -9,7 +9,6 @@ guidance. The finished pipeline, tokenizer included, is written to OUTPUT/pipeli
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -28,7 +27,7 @@ from .data import ImageSet, augment, to_float
 from .early_stopping import EarlyStopping
 from .encode_dataset import encode_images, load_tokenizer, wanted_shards
 from .engine import Run, image_grid, make_ema
-from .order import evenly
+from .order import evenly, step_indices
 
 EVAL_IMAGES = 2048
 SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_GUIDANCE = 10, 8, 2.0
@@ -62,10 +61,11 @@ class CodeSource:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def permutation(self) -> Callable[[int, int], Tensor] | None:
-        """As in `step_indices`."""
-        return self.images.permutation if self.images else None
+    def step_indices(self, batch_size: int, seed: int, step: int) -> Tensor:
+        """Which images a step takes, over all processes, (batch_size,) int64."""
+        if self.images is not None:
+            return self.images.step_indices(batch_size, seed, step)
+        return step_indices(len(self), batch_size, seed, step)
 
     def _some_of(self, split: StoredCodes | ImageSet) -> tuple[Tensor, Tensor]:
         if isinstance(split, StoredCodes):

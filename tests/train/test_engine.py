@@ -21,6 +21,7 @@ from train.command_line import parse_arguments
 from train.config import Config, StageConfig, TokenizerStage
 from train.data import ImageSet
 from train.engine import Run, learning_rate, make_ema
+from train.order import step_indices
 from train.train_tokenizer import evaluate, nested_loss, sample_lengths
 
 # ------------------------------------------------------------------------------------------------ optimisation
@@ -133,6 +134,7 @@ def test_held_out_quality_is_the_mean_over_images_of_each_ones_psnr():
 @pytest.mark.parametrize("processes, accumulation", [(1, 1), (2, 1), (1, 4), (2, 3)])
 def test_slices_of_a_step_make_up_its_batch_and_an_epoch_takes_each_image_once(processes, accumulation):
     n, batch = 50, 12
+    data = ImageSet(torch.zeros(n, 1, 2, 2, dtype=torch.uint8), torch.zeros(n, dtype=torch.long), ["a"], 0)
     stage = StageConfig(batch_size=batch, grad_accumulation=accumulation)
     seen = []
     for step in range(n // batch):
@@ -141,12 +143,12 @@ def test_slices_of_a_step_make_up_its_batch_and_an_epoch_takes_each_image_once(p
             micro_batch = batch // (processes * accumulation)
             process = SimpleNamespace(process_index=rank)
             run = SimpleNamespace(stage=stage, micro_batch=micro_batch, accelerator=process)
-            for chosen, slot, slots in Run.micro_batches(run, range(n), step):
+            for chosen, slot, slots in Run.micro_batches(run, data, step):
                 slices[slot] = chosen
                 assert slots == processes * accumulation
         assert sorted(slices) == list(range(processes * accumulation))
         whole = torch.cat([slices[slot] for slot in sorted(slices)])
-        assert torch.equal(whole, engine.step_indices(n, batch, stage.seed, step))
+        assert torch.equal(whole, step_indices(n, batch, stage.seed, step))
         seen += whole.tolist()
     assert len(seen) == len(set(seen)) == 48
 
