@@ -30,6 +30,7 @@ CHOICES = {
     "adversarial": ("", "patchgan"),
     "prefix_law": ("uniform", "powers", "mixed"),
     "perceptual": ("", "efficientnet-lite0", "lpips-vgg"),  # see train.losses
+    "class_balance": ("none", "sqrt", "even"),
     "decode": ("once", "on-the-fly", "stream"),
 }
 FRACTIONS = {"dropout", "label_dropout", "min_lr_ratio", "beta1", "beta2", "ema_decay", "revive_until"}
@@ -62,6 +63,7 @@ class DataConfig:
     eval_split: str = "test"  # the split to measure on; the same as train_split = hold out a tenth of that
     image_column: str = "image"  # column of the images (Parquet, Hub)
     label_column: str = "label"  # column of the class ids or names (Parquet, Hub)
+    class_balance: str = "none"  # draw classes by their size; "sqrt" = by its square root; "even" = equally often
     augment: list[str] = field(default_factory=list)  # any of "flip", "shift", "crop"; applied in this order
     class_names: str = ""  # JSON file, raw class name -> readable names ("a, b" or a list; the first is shown)
     cache: str = ""  # folder of decoded images, for later runs too; "" = $SPECTRALAR_CACHE, else ~/.cache/spectralar

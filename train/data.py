@@ -5,6 +5,7 @@ chosen = data.step_indices(batch_size=64, seed=0, step=17)              # (64,),
 batch = to_float(augment(data.images[chosen], ["shift"], generator))    # (64, C, H, H) in [-1, 1]
 """
 
+import functools
 import json
 import logging
 import math
@@ -21,13 +22,14 @@ import torch.nn.functional as F
 
 from .config import DataConfig
 from .decoding import LazyImages, Pack, decode_in_chunks, make_pack, on_main, pack_folder, read_pack
-from .order import evenly, step_indices
+from .order import balanced_order, evenly, step_indices
 from .sources import Listing, list_images, quoted, source_version
 from .streams import StreamedImages, list_stream
 
 logger = logging.getLogger(__name__)
 
 CROP_SCALE = (0.8, 1.0)  # side of a random crop / side of the image
+UNEVEN = 10  # images of the largest class / of the smallest, from which on balancing is worth a word
 
 
 @dataclass
@@ -38,18 +40,21 @@ class ImageSet:
     labels: torch.Tensor  # (n,) int64, in 0..len(class_names)-1
     class_names: list[str]  # the same for every split of a source
     num_broken: int  # images that could not be read and are not in here
+    class_balance: str = "none"  # how its classes are drawn, see `train.order.CLASS_POWERS`
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def permutation(self) -> Callable[[int, int], torch.Tensor] | None:
-        """Of a stream, (seed, epoch) -> the order of its images (n,); None: any order is as good."""
-        return self.images.permutation if isinstance(self.images, StreamedImages) else None
+    @functools.cached_property
+    def epoch_order(self) -> Callable[[int, int], torch.Tensor] | None:
+        """As in `train.order.step_indices`; None: any permutation is as good."""
+        if isinstance(self.images, StreamedImages):
+            return self.images.epoch_order
+        return balanced_order(self.labels, self.class_balance)
 
     def step_indices(self, batch_size: int, seed: int, step: int) -> torch.Tensor:
         """Which images a step takes, over all processes, (batch_size,) int64."""
-        return step_indices(len(self), batch_size, seed, step, self.permutation)
+        return step_indices(len(self), batch_size, seed, step, self.epoch_order)
 
     def evenly(self, count: int) -> torch.Tensor:
         """min(n, count) positions spread evenly: of a data set sorted by class, some of every class."""
@@ -128,7 +133,29 @@ def load_images(cfg: DataConfig, split: str) -> ImageSet:
             len(pack.broken) + len(pack.labels),
             quoted(pack.broken, 3),
         )
-    return ImageSet(pack.images, pack.labels, _readable(pack.class_names, cfg.class_names), len(pack.broken))
+    names = _readable(pack.class_names, cfg.class_names)
+    return ImageSet(pack.images, pack.labels, names, len(pack.broken), cfg.class_balance)
+
+
+def describe_classes(labels: torch.Tensor, class_names: list[str], balance: str = "none") -> str:
+    """How many images (n,) there are of the classes, and how these are drawn: a sentence or two for the start."""
+    sizes = labels.bincount(minlength=len(class_names))
+    there = sizes[sizes > 0]
+    few, many = int(there.min()), int(there.max())
+    if len(there) == 1:
+        text = f"{len(labels)} images of one class."
+    elif few == many:
+        text = f"{len(labels)} images, {few} in each of {len(there)} classes."
+    else:
+        least, most = (class_names[int((sizes == count).nonzero()[0])] for count in (few, many))
+        text = f"{len(labels)} images of {len(there)} classes, from {few} ({least!r}) to {many} ({most!r}) a class."
+    if len(there) < len(class_names):
+        text += f" None of {quoted([class_names[i] for i in (sizes == 0).nonzero().flatten()], 3)}."
+    if balance != "none":
+        return f"{text} Classes are drawn " + {"sqrt": "by the square root of these.", "even": "evenly."}[balance]
+    if many >= UNEVEN * few:
+        text += " data.class_balance=sqrt draws small classes more often, data.class_balance=even all equally often."
+    return text
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:

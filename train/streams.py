@@ -3,12 +3,12 @@
     listing = list_stream(cfg, "train")           # reads what the files hold and the classes, no images
     images = StreamedImages(listing, cfg)
     images.expect(batch_size, seed, step)         # has what the step needs read, and what comes after it
-    batch = images[images.permutation(seed, 0)[:batch_size]]
+    batch = images[images.epoch_order(seed, 0)[:batch_size]]
 
 For each epoch the row groups are permuted and cut into windows of about `DataConfig.window` images, and the images of
-each window are permuted. That is a function of the seed and the epoch alone, so a run that is interrupted goes on
-exactly, reading no more than its window again, and any number of processes sees the same batches. Each of them reads
-all of a window.
+each window are permuted; with `DataConfig.class_balance`, those of them that the epoch draws. That is a function of
+the seed and the epoch alone, so a run that is interrupted goes on exactly, reading no more than its window again, and
+any number of processes sees the same batches. Each of them reads all of a window.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from .config import DataConfig
 from .decoding import LazyImages, ReadError
-from .order import epoch_generator, evenly
+from .order import BalancedDraw, epoch_generator, evenly
 from .sources import (
     Listing,
     check_columns,
@@ -215,9 +215,9 @@ def _not_by_itself(i: int) -> Image.Image:
 class EpochOrder:
     """The order of the images in an epoch."""
 
-    permutation: Tensor  # (n,) int64
+    images: Tensor  # (n,) int64
     windows: list[np.ndarray]  # which row groups each has
-    bounds: np.ndarray  # (windows + 1,), of their images in the permutation
+    bounds: np.ndarray  # (windows + 1,), of their images in the order
 
 
 class StreamedImages(LazyImages):
@@ -237,11 +237,13 @@ class StreamedImages(LazyImages):
         self._count = min(len(starts), math.ceil(len(numbers) / cfg.window))  # windows an epoch
         self._readers = ThreadPoolExecutor(READERS)
         self._held: dict[int, Future] = {}
+        balance = cfg.class_balance
+        self._draw = None if balance == "none" else BalancedDraw(torch.from_numpy(listing.labels), balance)
         self._order = functools.lru_cache(maxsize=3)(self._make_order)  # an epoch's end is read ahead of
 
-    def permutation(self, seed: int, epoch: int) -> Tensor:
-        """The order of the images in an epoch, (n,) int64."""
-        return self._order(seed, epoch).permutation
+    def epoch_order(self, seed: int, epoch: int) -> Tensor:
+        """The images of an epoch in their order, (n,) int64."""
+        return self._order(seed, epoch).images
 
     def expect(self, batch_size: int, seed: int, step: int) -> None:
         """Has the window of a step read and the next one on its way, and lets go of all others."""
@@ -302,9 +304,12 @@ class StreamedImages(LazyImages):
     def _make_order(self, seed: int, epoch: int) -> EpochOrder:
         generator = epoch_generator(seed, epoch)
         windows = np.array_split(torch.randperm(len(self._numbers), generator=generator).numpy(), self._count)
+        drawn = self._draw and self._draw.chosen(seed, epoch).bincount(minlength=len(self)).numpy()  # times
         parts = []
         for window in windows:
             places = np.concatenate([np.arange(*self._bounds[group : group + 2]) for group in window])
+            if self._draw:
+                places = places.repeat(drawn[places])
             parts.append(places[torch.randperm(len(places), generator=generator).numpy()])
         bounds = np.cumsum([0, *map(len, parts)])
         return EpochOrder(torch.from_numpy(np.concatenate(parts)), windows, bounds)

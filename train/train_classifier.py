@@ -21,7 +21,7 @@ from .checkpoints import publish
 from .classifier import Classifier, save_classifier
 from .command_line import clear_errors, parse_arguments, read_split
 from .config import Config
-from .data import ImageSet, augment, to_float
+from .data import ImageSet, augment, describe_classes, to_float
 from .engine import Run
 from .optimizers import make_optimizer
 
@@ -53,7 +53,8 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     forward = torch.compile(model) if stage.compile else model
     shown = heldout.evenly(EVAL_IMAGES)
     parameters = sum(p.numel() for p in classifier.parameters())
-    run.print(f"{parameters / 1e6:.2f} M parameters, {classifier.num_features} features, {len(data)} images.")
+    run.print(f"{parameters / 1e6:.2f} M parameters, {classifier.num_features} features.")
+    run.print(describe_classes(data.labels, data.class_names, config.data.class_balance))
 
     fetch = run.prefetch(data)
     done = run.resume()

@@ -29,7 +29,7 @@ from .adversarial import AdversarialTerm
 from .checkpoints import publish
 from .command_line import clear_errors, parse_arguments, read_split
 from .config import Config, TokenizerStage
-from .data import ImageSet, augment, to_float
+from .data import ImageSet, augment, describe_classes, to_float
 from .encode_dataset import load_tokenizer
 from .engine import Run, image_grid, make_ema
 from .losses import PerceptualTerm
@@ -156,7 +156,8 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     cutoffs = torch.tensor((1, *tokenizer.cutoffs), device=device)  # indexed by prefix length
     terms, facts = pixel_terms(run, stage, tokenizer.config.in_channels, cutoffs)
     eval_images = heldout.images[heldout.evenly(EVAL_IMAGES)]
-    run.print(f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.2f} M parameters, {len(data)} images.")
+    run.print(f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.2f} M parameters.")
+    run.print(describe_classes(data.labels, data.class_names, config.data.class_balance))
 
     quantize_from = 0 if stage.init_from else stage.quantize_from
     fetch = run.prefetch(data)

@@ -23,11 +23,11 @@ from .checkpoints import publish
 from .codes import StoredCodes, fingerprint, read_shards
 from .command_line import clear_errors, parse_arguments, read_split
 from .config import Config
-from .data import ImageSet, augment, to_float
+from .data import ImageSet, augment, describe_classes, to_float
 from .early_stopping import EarlyStopping
 from .encode_dataset import encode_images, load_tokenizer, wanted_shards
 from .engine import Run, image_grid, make_ema
-from .order import evenly, step_indices
+from .order import balanced_order, evenly, step_indices
 
 EVAL_IMAGES = 2048
 SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_GUIDANCE = 10, 8, 2.0
@@ -50,6 +50,7 @@ class CodeSource:
             except ValueError as error:
                 run.exit(str(error))
             self.codes, self.labels, self.class_names = stored.codes, stored.labels, stored.class_names
+            self._epoch_order = balanced_order(self.labels, config.data.class_balance)
             self.seen, self.heldout = (self._some_of(split) for split in (stored, heldout))
         else:
             self.images = read_split(config, "train")
@@ -65,7 +66,7 @@ class CodeSource:
         """Which images a step takes, over all processes, (batch_size,) int64."""
         if self.images is not None:
             return self.images.step_indices(batch_size, seed, step)
-        return step_indices(len(self), batch_size, seed, step)
+        return step_indices(len(self), batch_size, seed, step, self._epoch_order)
 
     def _some_of(self, split: StoredCodes | ImageSet) -> tuple[Tensor, Tensor]:
         if isinstance(split, StoredCodes):
@@ -167,7 +168,8 @@ def train(run: Run, config: Config) -> None:
     stopping = EarlyStopping(stage.early_stopping)
     if stage.early_stopping:
         accelerator.register_for_checkpointing(stopping)
-    run.print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {len(source)} images.")
+    run.print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters.")
+    run.print(describe_classes(source.labels, source.class_names, config.data.class_balance))
 
     done = run.resume(
         tokenizer_weights=fingerprint(tokenizer), class_names=source.class_names,

@@ -13,7 +13,7 @@ from PIL import Image
 from spectralar.image import preprocess_pil
 from spectralar.labels import LabelNames
 from train.config import DataConfig
-from train.data import Prefetch, augment, load_images, to_float
+from train.data import Prefetch, augment, describe_classes, load_images, to_float
 
 
 def encoded(image: Image.Image, kind: str, **options) -> Image.Image:
@@ -269,3 +269,30 @@ def test_crop_shows_a_part_at_least_eight_tenths_wide():
 def test_unknown_augmentation_is_named():
     with pytest.raises(ValueError, match="'turn'.*'flip', 'shift' or 'crop'"):
         augment(random_images(2), ["turn"], torch.Generator())
+
+
+# The classes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes, balance, said", [
+    ([3, 3], "none", "6 images, 3 in each of 2 classes."),
+    ([4], "none", "4 images of one class."),
+    ([2, 5, 3], "none", "10 images of 3 classes, from 2 ('a') to 5 ('b') a class."),
+    ([2, 0, 3], "sqrt", "5 images of 2 classes, from 2 ('a') to 3 ('c') a class. None of 'b'. Classes are drawn by "
+     "the square root of these."),
+    ([1, 10], "even", "11 images of 2 classes, from 1 ('a') to 10 ('b') a class. Classes are drawn evenly."),
+    ([1, 10], "none", "11 images of 2 classes, from 1 ('a') to 10 ('b') a class. data.class_balance=sqrt draws small "
+     "classes more often, data.class_balance=even all equally often."),
+])  # fmt: skip
+def test_what_the_classes_are_is_said(sizes, balance, said):
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    assert describe_classes(labels, list("abc")[: len(sizes)], balance) == said
+
+
+def test_classes_are_drawn_as_set(tmp_path):
+    cfg = write_classes(tmp_path, {"cat": 30, "dog": 3})
+    for balance, dogs in (("none", 3), ("even", 16)):
+        cfg.class_balance = balance
+        data = load_images(cfg, "train")  # decoded once for both
+        epoch = torch.cat([data.step_indices(3, 0, step) for step in range(11)])
+        assert abs(int(data.labels[epoch].sum()) - dogs) <= 1

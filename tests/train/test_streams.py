@@ -86,7 +86,7 @@ def group_of(grey: int) -> int:
 def step(data, number: int, seed: int = 0) -> torch.Tensor:
     """The images of a step, as a training run gets them."""
     data.expect(BATCH_SIZE, seed, number)
-    return data.gather(step_indices(len(data), BATCH_SIZE, seed, number, data.permutation))
+    return data.gather(step_indices(len(data), BATCH_SIZE, seed, number, data.epoch_order))
 
 
 # ------------------------------------------------------------------------------------------------ order
@@ -102,7 +102,7 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own(cfg):
     assert all(sorted(order) == list(range(N)) for order in orders.values())
     assert len(set(map(tuple, orders.values()))) == 6
     again = load_images(cfg, "train")
-    assert all(torch.equal(again.permutation(*key), data.permutation(*key)) for key in orders)
+    assert all(torch.equal(again.epoch_order(*key), data.epoch_order(*key)) for key in orders)
 
 
 def test_images_are_shuffled_within_windows_of_whole_row_groups(cfg):
@@ -112,11 +112,35 @@ def test_images_are_shuffled_within_windows_of_whole_row_groups(cfg):
     assert [set(window) for window in order.windows] != [set(window) for window in later.windows]
     assert len(order.windows) == 3  # 45 images, 16 a window
     for window, start, stop in zip(order.windows, order.bounds[:-1], order.bounds[1:], strict=True):
-        found = order.permutation[start:stop].tolist()
+        found = order.images[start:stop].tolist()
         assert {group_of(i) for i in found} == set(window.tolist())
         assert stop - start <= WINDOW
         neighbours = [a + 1 == b for a, b in zip(found, found[1:], strict=False)]
         assert sum(neighbours) < len(found) / 3  # in the order of the files, it would be three quarters
+
+
+def test_a_balanced_epoch_is_streamed_in_windows_too(cfg, reads):
+    """Class 1 has 3 of 45 images: what is drawn more than once comes so in its window."""
+    labels = [1 if grey in (7, 20, 41) else 0 for grey in range(N)]
+    start = 0
+    for number, groups in enumerate(SHARDS):
+        stop = start + sum(groups)
+        path = f"{cfg.source}/train-{number:05}-of-{len(SHARDS):05}.parquet"
+        write_shard(path, list(range(start, stop)), groups, labels[start:stop])
+        start = stop
+    cfg.class_balance = "even"
+    data = load_images(cfg, "train")
+    for epoch in (0, 1):
+        order = data.images._order(0, epoch)
+        assert torch.equal(order.images.sort().values, data.images._draw.chosen(0, epoch).sort().values)
+        assert abs(int((data.labels[order.images] == 1).sum()) - N / 2) <= 1
+        for window, start, stop in zip(order.windows, order.bounds[:-1], order.bounds[1:], strict=True):
+            assert {group_of(i) for i in order.images[start:stop].tolist()} <= set(window.tolist())
+    expected = [greys(step(data, i)) for i in range(2 * N // BATCH_SIZE)]
+    assert [image for batch in expected for image in batch] == [
+        image for epoch in (0, 1) for image in data.epoch_order(0, epoch).tolist()
+    ]
+    assert greys(step(load_images(cfg, "train"), 12)) == expected[12]
 
 
 def test_a_run_that_starts_anywhere_sees_what_it_would_have_seen(cfg, reads):
@@ -151,7 +175,7 @@ def test_slices_of_processes_make_up_the_batch_of_one(cfg, reads, accumulation):
     for number in range(N // 12):
         slices = {slot: greys(images) for fetch in fetches for slot, images in fetch(number).items()}
         whole = sum((slices[slot] for slot in range(2 * accumulation)), [])
-        assert whole == step_indices(N, 12, 0, number, alone.permutation).tolist()
+        assert whole == step_indices(N, 12, 0, number, alone.epoch_order).tolist()
         seen += whole
     assert len(set(seen)) == 36
     for fetch, (_, data) in zip(fetches, runs, strict=True):
