@@ -30,6 +30,7 @@ from .checkpoints import Checkpoints
 from .clock import StepClock
 from .config import Config, StageConfig, config_to_dict, save_config
 from .data import ImageSet, Prefetch
+from .hardware import fast_dtype
 from .optimizers import make_optimizer
 from .sharding import ShardedAverage, averaged_copy, is_sharded, shard, shard_state, whole
 
@@ -101,6 +102,8 @@ class Run:
             project_dir=str(self.folder),
         )
         self.is_main = self.accelerator.is_main_process
+        if stage.mixed_precision == "bf16" and fast_dtype(self.accelerator.device) != torch.bfloat16:
+            self.print(f"This CPU has no instructions for bfloat16: train_{stage_name}.mixed_precision=no is faster.")
         if self.accelerator.distributed_type in SHARDED:
             self.exit(
                 f"{self.accelerator.distributed_type.value} is not supported as accelerate configures it: launch with "

@@ -24,7 +24,7 @@ from spectralar.transformer import SpectralARTransformer
 from .command_line import make_parser, parse_settings
 from .config import Config, StageConfig
 from .costs import TokenizerCost, TransformerCost, extra_flops
-from .optimizers import make_optimizer
+from .optimizers import Muon, make_optimizer
 
 
 class Device(NamedTuple):
@@ -140,7 +140,7 @@ def plan_stages(config: Config, devices: int, num_classes: int) -> list[StagePla
 def muon_matrices(model: torch.nn.Module, stage: StageConfig) -> list[torch.Size]:
     """Shapes of what Muon steps, if the stage has it."""
     optimizer = make_optimizer(model, stage)
-    parts = [part for part in getattr(optimizer, "parts", []) if isinstance(part, torch.optim.Muon)]
+    parts = [part for part in getattr(optimizer, "parts", []) if isinstance(part, Muon)]
     return [p.shape for part in parts for group in part.param_groups for p in group["params"]]
 
 

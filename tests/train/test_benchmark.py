@@ -200,7 +200,7 @@ def toy_suite() -> Suite:
 
 def test_the_suite_runs_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(program, "REPEATS", 1)
-    monkeypatch.setattr(suite, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(suite, "fast_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(sampling, "has_compiler", lambda: True)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # minutes: tests/test_compiled.py does one
     monkeypatch.setattr(benchmark, "Suite", lambda device, clock, **_: Suite(device, True, TOY, TOY_LARGE, 0.0, clock))

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import tiny_tokenizer, tiny_transformer
 from train.config import StageConfig
-from train.optimizers import make_optimizer
+from train.optimizers import Muon, make_optimizer
 
 MODELS = pytest.mark.parametrize("make", [tiny_tokenizer, tiny_transformer], ids=["tokenizer", "transformer"])
 
@@ -63,6 +64,72 @@ def test_muon_steps_are_orthogonal_and_as_large_as_those_of_adamw():
     singular = torch.linalg.svdvals(step)
     assert singular.max() / singular.min() < 2.5  # the iteration brings them near to 1, not to 1
     assert step.square().mean().sqrt() == pytest.approx(0.2, rel=0.3)  # of AdamW: about 0.2, Liu et al.
+
+
+@pytest.fixture(params=[(32, 32), (96, 24), (24, 96)], ids=str)
+def beside_torch(request):
+    """A weight under `Muon`, its copy under torch's, and a function that gives both the same gradients."""
+    ours = torch.nn.Parameter(torch.randn(request.param, generator=torch.Generator().manual_seed(7)))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    optimizers = (
+        Muon([ours], lr=0.05, weight_decay=0.4),
+        torch.optim.Muon([theirs], lr=0.05, weight_decay=0.4, adjust_lr_fn="match_rms_adamw"),
+    )
+
+    def steps(seeds):
+        for seed in seeds:
+            gradient = torch.randn(ours.shape, generator=torch.Generator().manual_seed(seed))
+            for weight, optimizer in zip((ours, theirs), optimizers, strict=True):
+                weight.grad = gradient.clone()
+                optimizer.step()
+
+    return (ours, theirs), optimizers, steps
+
+
+def test_muon_is_that_of_torch_up_to_bfloat16(beside_torch):
+    (ours, theirs), _, steps = beside_torch
+    before = ours.detach().clone()
+    steps(range(4))
+    moved = (theirs - before).norm()
+    assert (ours - theirs).norm() < 0.02 * moved
+
+
+def test_muon_goes_on_from_a_state_of_torch(beside_torch):
+    (ours, theirs), (muon, of_torch), steps = beside_torch
+    steps(range(2))
+    muon.load_state_dict(copy.deepcopy(of_torch.state_dict()))
+    ours.data.copy_(theirs.data)
+    before = ours.detach().clone()
+    steps(range(2, 4))
+    assert (ours - theirs).norm() < 0.02 * (theirs - before).norm()
+
+
+class TypesOfProducts(TorchDispatchMode):
+    """Notes the types that matrices are multiplied in."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")):
+            self.seen |= {x.dtype for x in args if isinstance(x, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("instructions, dtype", [
+    ({}, torch.float32), ({"avx512_bf16": False, "amx_bf16": False, "avx2": True}, torch.float32),
+    ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16), ({"bf16": True}, torch.bfloat16),
+])  # fmt: skip
+def test_muon_multiplies_in_what_the_cpu_has_instructions_for(monkeypatch, instructions, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    model = tiny_transformer()
+    optimizer = make_optimizer(model, StageConfig(optimizer="muon"))
+    give_gradients(model, 0)
+    with TypesOfProducts() as products:
+        optimizer.step()
+    assert products.seen == {dtype}
+    assert {x.dtype for state in optimizer.state.values() for x in state.values()} == {torch.float32}
 
 
 def test_a_saved_optimizer_goes_on_exactly():

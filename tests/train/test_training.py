@@ -23,6 +23,7 @@ from tests.train.runs import (
     stop_at,
     wait_for,
 )
+from train.hardware import cpu_has_bfloat16
 
 STEPS = 24
 
@@ -168,6 +169,7 @@ def test_bfloat16_trains(scripts, command, reference, tmp_path, stage):
     options = [f"train_{stage}.mixed_precision=bf16", f"train_{stage}.steps=4"]
     code, text = scripts.run(f"train_{stage}", command(stage, *options))
     assert code == 0, text
+    assert (f"train_{stage}.mixed_precision=no is faster" in text) == (not cpu_has_bfloat16())
     ours, theirs = metrics(tmp_path, stage)[0], metrics(reference, stage)[0]
     loss = "loss/full" if stage == "tokenizer" else "loss/train"
     assert ours[loss] == pytest.approx(theirs[loss], rel=0.05)

@@ -202,15 +202,6 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16, as far as the system tells."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(file.read().split())
-    except OSError:
-        return False
-
-
 def describe_run() -> dict:
     return {
         "torch": torch.__version__,

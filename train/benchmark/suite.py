@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .measure import Machine, Result, cpu_has_bfloat16, interleave, not_measured
+from ..hardware import fast_dtype
+from .measure import Machine, Result, interleave, not_measured
 from .models import Models, Shape, d16, embedded
 
 
@@ -48,7 +49,7 @@ class Suite:
     @property
     def fast_bfloat16(self) -> bool:
         """Whether bfloat16 can pay: many CPUs have no instructions for it."""
-        return self.device.type != "cpu" or cpu_has_bfloat16()
+        return fast_dtype(self.device) == torch.bfloat16
 
 
 @dataclass(frozen=True)
