@@ -6,16 +6,20 @@ import argparse
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
 
 from .checkpoints import first_line
-from .config import Config, config_to_dict, load_config
+from .config import Config, DataConfig, config_to_dict, load_config
 from .data import ImageSet, load_images
+from .mixing import load_mixed
+
+T = TypeVar("T")
 
 
 def parse_arguments(description: str, argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
@@ -95,7 +99,16 @@ def clear_errors() -> Iterator[None]:
 
 def read_split(config: Config, split: str) -> ImageSet:
     """The images of split "train" or "eval"; an unfit source ends the program with the one sentence about it."""
+    return _read(load_images, config, split)
+
+
+def read_mixed_split(config: Config, split: str) -> dict[str, ImageSet]:
+    """As `read_split`, of all sources that the tokenizer learns: by name, data.source under ""."""
+    return _read(load_mixed, config, split)
+
+
+def _read(load: Callable[[DataConfig, str], T], config: Config, split: str) -> T:
     try:
-        return load_images(config.data, split)
+        return load(config.data, split)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error

@@ -9,10 +9,11 @@ Keys, types and ranges are checked when the configuration is loaded, before anyt
 import difflib
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import re
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -52,6 +53,18 @@ MAY_BE_ZERO = {
 
 
 @dataclass
+class MixedSource:
+    """A further source of images, for the tokenizer alone: what it learns from beside `DataConfig.source`."""
+
+    source: str = ""  # as data.source
+    share: float = 0.5  # of the images of each step, below 1; data.source has the rest; 0 = leave the source out
+    train_split: str = "${data.train_split}"  # as in data
+    eval_split: str = "${data.eval_split}"  # as in data
+    image_column: str = "${data.image_column}"  # as in data
+    label_column: str = "${data.label_column}"  # as in data
+
+
+@dataclass
 class DataConfig:
     """What to train on."""
 
@@ -70,6 +83,31 @@ class DataConfig:
     decode: str = "once"  # "once" = keep in `cache`; "on-the-fly" = at each use, if not kept; "stream" = read then too
     window: int = 8192  # stream: images shuffled together; two windows of encoded images are held in memory
     limit: int = 0  # use only so many images of a split, a fixed random choice; 0 = all
+    mix: dict[str, MixedSource] = field(default_factory=dict)  # what else the tokenizer learns: mix.NAME.source=...
+
+    def mixed(self) -> dict[str, "DataConfig"]:
+        """The settings of each source of `mix` that has a share, by name."""
+        own = ("source", "train_split", "eval_split", "image_column", "label_column")
+        return {
+            name: replace(self, mix={}, class_names="", **{key: getattr(other, key) for key in own})
+            for name, other in self.mix.items()
+            if other.share
+        }
+
+    def images_a_step(self, batch_size: int) -> list[int]:
+        """How many of a step's images come from `source`, and from each of `mixed`: its share, rounded.
+
+        Raises:
+            ValueError: a source has none.
+        """
+        counts = [round(other.share * batch_size) for other in self.mix.values() if other.share]
+        counts = [batch_size - sum(counts), *counts]
+        if min(counts) < 1:
+            raise ValueError(
+                f"data.mix: of {batch_size} images a step, {', '.join(map(str, counts))} would come from "
+                f"{', '.join(('data.source', *self.mixed()))}: set other shares or a larger batch_size."
+            )
+        return counts
 
 
 @dataclass
@@ -224,7 +262,7 @@ def load_config(preset: str, overrides: list[str] | None = None) -> Config:
             raise ValueError(f"Override {override!r} is not key=value, such as train_tokenizer.lr=1e-3.")
         try:
             parsed = OmegaConf.from_dotlist([override])
-            if _dotted_keys(Config).get(key) == "str" and isinstance(OmegaConf.select(parsed, key), bool):
+            if _dotted_keys(Config).get(_schema_key(key)) == "str" and isinstance(OmegaConf.select(parsed, key), bool):
                 OmegaConf.update(parsed, key, text)  # YAML takes "no" for a truth value
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ValueError(f"Override {override!r} cannot be read: {_first_line(error)}.") from error
@@ -254,6 +292,8 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def check_config(config: Config) -> None:
     """Raise a `ValueError` that names the key, if a value is out of range or does not fit another one."""
     for key in _dotted_keys(Config):
+        if ".NAME." in key:  # of sources that are mixed in, see below
+            continue
         section, _, name = key.rpartition(".")
         _check_value(key, name, getattr(getattr(config, section), name) if section else getattr(config, name))
     data, tokenizer = config.data, config.tokenizer
@@ -261,6 +301,7 @@ def check_config(config: Config) -> None:
         raise ValueError(
             "tokenizer.image_size and tokenizer.in_channels follow data.image_size and data.channels: set those."
         )
+    _check_mix(config)
     if tokenizer.fsq_levels and config.train_tokenizer.rotation_trick:
         raise ValueError(
             "train_tokenizer.rotation_trick turns gradients onto the entries of a codebook, which "
@@ -277,6 +318,17 @@ def check_config(config: Config) -> None:
         small, large = attrgetter(divisor)(config), attrgetter(number)(config)
         if large % small:
             raise ValueError(f"{divisor}={small} does not divide {number}={large}.")
+
+
+def _check_mix(config: Config) -> None:
+    for name, other in config.data.mix.items():
+        if not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(f"data.mix.{name}: a source is named by letters, digits, '_' and '-' alone.")
+        if not other.source:
+            raise ValueError(f"data.mix.{name}.source is not set: name a source of images, as data.source takes it.")
+        if not 0 <= other.share < 1:  # written so that nan fails too
+            raise ValueError(f"data.mix.{name}.share must be 0 or more and below 1, not {other.share}.")
+    config.data.images_a_step(config.train_tokenizer.batch_size)
 
 
 def _check_value(key: str, name: str, value: Any) -> None:
@@ -317,12 +369,12 @@ def _merge(base: DictConfig, extra: DictConfig, origin: str) -> DictConfig:
     """`base` changed by `extra`; wrong keys and types become a `ValueError` that starts with `origin`."""
     known = _dotted_keys(Config)
     for key in _flatten(OmegaConf.to_container(extra, resolve=False)):
-        if key not in known:
+        if _schema_key(key) not in known:
             raise ValueError(f"{origin} sets {key!r}, {_suggestion(key, known)}")
     try:
         return OmegaConf.merge(base, extra)
     except OmegaConfBaseException as error:
-        kind = known.get(error.full_key or "", "")
+        kind = known.get(_schema_key(error.full_key or ""), "")
         hint = f", in brackets: {error.full_key}=[a,b]" if kind.startswith("list") else ""
         raise ValueError(
             f"{origin} has a wrong value for {error.full_key}, which takes {kind}{hint} ({_first_line(error)})."
@@ -330,21 +382,27 @@ def _merge(base: DictConfig, extra: DictConfig, origin: str) -> DictConfig:
 
 
 def _dotted_keys(section: type, prefix: str = "") -> dict[str, str]:
-    """All dotted keys below a dataclass, with the name of each one's type."""
+    """All dotted keys below a dataclass, with the name of each one's type; NAME stands for the keys of a dict."""
     keys = {}
     for item in fields(section):
         if is_dataclass(item.type):
             keys |= _dotted_keys(item.type, f"{prefix}{item.name}.")
+        elif get_origin(item.type) is dict:
+            keys |= _dotted_keys(get_args(item.type)[1], f"{prefix}{item.name}.NAME.")
         else:
             keys[prefix + item.name] = item.type.__name__ if isinstance(item.type, type) else str(item.type)
     return keys
 
 
+def _schema_key(key: str) -> str:
+    """What `_dotted_keys` calls a key: data.mix.photos.share is data.mix.NAME.share."""
+    return re.sub(r"^data\.mix\.[^.]+\.", "data.mix.NAME.", key)
+
+
 def _flatten(tree: dict, prefix: str = "") -> list[str]:
     keys = []
     for name, value in tree.items():
-        nested = isinstance(value, dict) and value
-        keys += _flatten(value, f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
+        keys += _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
     return keys
 
 

@@ -36,7 +36,7 @@ from .sources import Listing
 
 PREPROCESSING = 1  # to be raised when `preprocess_pil` or the layout of a pack changes: older packs are made anew
 # Settings that make no difference to a pack. What the source holds is told by its version, not by where it is.
-IRRELEVANT = ("source", "root", "class_balance", "augment", "class_names", "cache", "decode", "window")
+IRRELEVANT = ("source", "root", "class_balance", "augment", "class_names", "cache", "decode", "window", "mix")
 MAX_THREADS = 16  # decoding; more only wait for Python's lock
 BLOCK = 8  # images a thread takes at once
 CHUNK_BYTES = 64 * 2**20  # decoded images between two records of progress

@@ -66,8 +66,8 @@ def encode_images(
 def wanted_shards(config: Config, split: str, tokenizer: SpectralTokenizer) -> dict[str, dict[str, str]]:
     """What a run's codes of a split have to be: file name -> identity of each shard, as far as the settings say."""
     data = asdict(config.data)
-    # Places, what the shards differ in, how often an image is drawn, and mere names.
-    for name in ("root", "class_balance", "augment", "class_names", "cache", "decode", "window"):
+    # Places, what the shards differ in, how often an image is drawn, mere names, and what the tokenizer alone learns.
+    for name in ("root", "class_balance", "augment", "class_names", "cache", "decode", "window", "mix"):
         del data[name]
     common = {"tokenizer": fingerprint(tokenizer), "split": split, "data": json.dumps(data)}
     shards = {}

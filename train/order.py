@@ -46,7 +46,7 @@ def step_indices(
     return order[position * batch_size : (position + 1) * batch_size].clone()
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)  # two epochs at their border, of each of a few sources
 def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(n, generator=epoch_generator(seed, epoch))
 

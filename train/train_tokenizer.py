@@ -27,12 +27,13 @@ from spectralar.tokenizer import SpectralTokenizer
 
 from .adversarial import AdversarialTerm
 from .checkpoints import publish
-from .command_line import clear_errors, parse_arguments, read_split
+from .command_line import clear_errors, parse_arguments, read_mixed_split
 from .config import Config, TokenizerStage
 from .data import ImageSet, augment, describe_classes, to_float
 from .encode_dataset import load_tokenizer
 from .engine import Run, image_grid, make_ema
 from .losses import PerceptualTerm
+from .mixing import MixedImages
 from .order import evenly
 
 REVIVAL_EVERY = 10  # steps between looks for dead codes: each look waits for the device
@@ -80,10 +81,10 @@ def evaluate(model: SpectralTokenizer, images: Tensor, device: torch.device) -> 
         errors.append(difference.square().mean(dim=(3, 4, 5)))
     model.train()
     psnr = -10 * torch.cat(errors, dim=1).clamp(min=1e-10).log10().mean(dim=1)  # (2, S)
-    result = {f"eval/psnr_{k}": float(v) for k, v in zip(lengths, psnr[0], strict=True)}
-    result |= {f"eval/psnr_low_pass_{k}": float(v) for k, v in zip(lengths, psnr[1], strict=True)}
+    result = {f"psnr_{k}": float(v) for k, v in zip(lengths, psnr[0], strict=True)}
+    result |= {f"psnr_low_pass_{k}": float(v) for k, v in zip(lengths, psnr[1], strict=True)}
     statistics = codebook_statistics(torch.cat(codes), model.config.codebook_size)
-    return result | {f"eval/{k}": v for k, v in statistics.items()}
+    return result | statistics
 
 
 @torch.no_grad()
@@ -137,7 +138,7 @@ def make_tokenizer(run: Run, config: Config) -> SpectralTokenizer:
     return tokenizer.requires_grad_(True).train()
 
 
-def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
+def train(run: Run, config: Config, sources: dict[str, ImageSet], heldout: dict[str, ImageSet]) -> None:
     stage, accelerator, num_tokens = config.train_tokenizer, run.accelerator, config.tokenizer.num_tokens
     device = accelerator.device
     tokenizer = make_tokenizer(run, config)
@@ -155,9 +156,12 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
         accelerator.register_for_checkpointing(revival)
     cutoffs = torch.tensor((1, *tokenizer.cutoffs), device=device)  # indexed by prefix length
     terms, facts = pixel_terms(run, stage, tokenizer.config.in_channels, cutoffs)
-    eval_images = heldout.images[heldout.evenly(EVAL_IMAGES)]
+    data = sources[""] if len(sources) == 1 else MixedImages([*sources.values()], config.data.images_a_step)
+    measured_on = {name: images.images[images.evenly(EVAL_IMAGES)] for name, images in heldout.items()}
     run.print(f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.2f} M parameters.")
-    run.print(describe_classes(data.labels, data.class_names, config.data.class_balance))
+    for (name, part), count in zip(sources.items(), config.data.images_a_step(stage.batch_size), strict=True):
+        share = f"{count} images a step from {name or 'data.source'}: " if len(sources) > 1 else ""
+        run.print(share + describe_classes(part.labels, part.class_names, part.class_balance))
 
     quantize_from = 0 if stage.init_from else stage.quantize_from
     fetch = run.prefetch(data)
@@ -215,14 +219,19 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
         measure, show = run.due(stage.eval_every, done), run.due(stage.sample_every, done)
         if measure or show:
             with run.averaged(tokenizer, ema, averaged) as measured:
+                logged: dict[str, float] = {}
+                for name, images in measured_on.items():
+                    if measure:
+                        values = evaluate(measured, images, device)
+                        logged |= {f"eval/{name}/{k}" if name else f"eval/{k}": v for k, v in values.items()}
+                        shown = ", ".join(f"{k} {v:.2f}" for k, v in values.items() if "low_pass" not in k)
+                        run.print(f"step {done}{f', {name}' if name else ''}: {shown}")
+                    if show and run.is_main:
+                        few = images[evenly(len(images), SHOWN_IMAGES)]
+                        title = f"reconstruction-{name}" if name else "reconstruction"
+                        run.log_images(title, sample_grid(measured, few, device), done)
                 if measure:
-                    values = evaluate(measured, eval_images, device)
-                    run.log(values, done)
-                    shown = {k[5:]: v for k, v in values.items() if "low_pass" not in k}
-                    run.print(f"step {done}: " + ", ".join(f"{k} {v:.2f}" for k, v in shown.items()))
-                if show and run.is_main:
-                    shown = eval_images[evenly(len(eval_images), SHOWN_IMAGES)]
-                    run.log_images("reconstruction", sample_grid(measured, shown, device), done)
+                    run.log(logged, done)
         if done % stage.checkpoint_every == 0:
             run.save(done)
 
@@ -241,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     args, config = parse_arguments(__doc__.split("\n\n")[0], argv)
     with clear_errors():
         run = Run("tokenizer", config, config.train_tokenizer, args)
-        train(run, config, read_split(config, "train"), read_split(config, "eval"))
+        train(run, config, read_mixed_split(config, "train"), read_mixed_split(config, "eval"))
 
 
 if __name__ == "__main__":

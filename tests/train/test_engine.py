@@ -122,10 +122,10 @@ def test_held_out_quality_is_the_mean_over_images_of_each_ones_psnr():
     codes = tokenizer.encode(x)
     for k in (1, 2, 4, 8, 12):
         frame = tokenizer.decode(codes, k).detach()
-        assert measured[f"eval/psnr_{k}"] == pytest.approx(float(psnr(frame, x).mean()), abs=1e-3)
+        assert measured[f"psnr_{k}"] == pytest.approx(float(psnr(frame, x).mean()), abs=1e-3)
         target = low_pass(x, tokenizer.cutoffs[k - 1])
-        assert measured[f"eval/psnr_low_pass_{k}"] == pytest.approx(float(psnr(frame, target).mean()), abs=1e-3)
-    assert measured["eval/usage"] == codes.unique().numel() / 32
+        assert measured[f"psnr_low_pass_{k}"] == pytest.approx(float(psnr(frame, target).mean()), abs=1e-3)
+    assert measured["usage"] == codes.unique().numel() / 32
 
 
 # ------------------------------------------------------------------------------------------------ the loop
