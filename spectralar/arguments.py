@@ -12,6 +12,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from .pipeline_output import OUTPUT_TYPES
+from .run_state import RunState
 from .sampling import check_sampling_arguments, draw_uniforms
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class GenerationArguments:
     codes: Tensor  # (B, n) int64, filled from the left; starts with the given prefix
     prefix_length: int
     uniforms: Tensor  # (B, N) in [0, 1)
-    guidance_scale: float
+    state: RunState  # guidance scale, steps, interruption
     sampling: dict[str, Any]  # guidance_schedule, temperature, top_k, top_p
     output_type: str
     callback: Callable | None
@@ -75,8 +76,8 @@ def prepare(
         "guidance_schedule": guidance_schedule, "temperature": temperature, "top_k": top_k, "top_p": top_p
     }  # fmt: skip
     return GenerationArguments(
-        labels, codes, prefix_length, uniforms, guidance_scale, sampling, output_type, callback,
-        list(callback_tensor_inputs),
+        labels, codes, prefix_length, uniforms, RunState(guidance_scale, num_tokens - prefix_length), sampling,
+        output_type, callback, list(callback_tensor_inputs),
     )  # fmt: skip
 
 

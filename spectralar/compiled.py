@@ -95,10 +95,11 @@ class CompiledStep:
 
     def __call__(self, *args: Any) -> Tensor | None:
         """Arguments and logits (B, K) as of `step_at`; None if there is no compiler, or it failed."""
-        if self._step is None:
+        step = self._step  # another thread may drop it
+        if step is None:
             return None
         try:
-            return self._step(*args)
+            return step(*args)
         except Exception as error:  # whatever a compiler may raise: sampling goes on without
             self._step = None
             reason = f"{type(error).__name__}: {error}".splitlines()[0]  # compilers fill pages

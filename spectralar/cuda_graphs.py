@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,7 @@ def why_not(transformer: SpectralARTransformer) -> str | None:
 
 
 _failed: list[str] = []
+_lock = threading.Lock()  # of what all threads share: `_unused`, and the stream that captures
 
 
 @functools.cache
@@ -163,7 +165,8 @@ class GraphedTokenGenerator(TokenGenerator):
             return
         step = super()._step
         try:
-            graphs[index] = capture(lambda: step(index), self._buffers.pool)
+            with _lock:
+                graphs[index] = capture(lambda: step(index), self._buffers.pool)
         except RuntimeError as error:
             _failed.append(str(error).splitlines()[0])
             _log_once(f"sampling without CUDA graphs: capture failed: {_failed[0]}")
@@ -177,10 +180,11 @@ class GraphedTokenGenerator(TokenGenerator):
 
     def _take(self, key: tuple) -> Buffers | None:
         """Unused buffers of this key."""
-        unused = _unused.get(self.transformer, [])
-        for i, (theirs, _) in enumerate(unused):
-            if theirs == key:
-                return unused.pop(i)[1]
+        with _lock:
+            unused = _unused.get(self.transformer, [])
+            for i, (theirs, _) in enumerate(unused):
+                if theirs == key:
+                    return unused.pop(i)[1]
         return None
 
     def close(self) -> None:
@@ -188,8 +192,9 @@ class GraphedTokenGenerator(TokenGenerator):
         if self._buffers is None:
             return
         mine = (self._key, self._buffers)
-        # Those of weights that have moved since are of no use any more.
-        others = [entry for entry in _unused.get(self.transformer, []) if entry[0][0] == self._key[0]]
-        _unused[self.transformer] = [mine, *others][:KEPT]
+        with _lock:
+            # Those of weights that have moved since are of no use any more.
+            others = [entry for entry in _unused.get(self.transformer, []) if entry[0][0] == self._key[0]]
+            _unused[self.transformer] = [mine, *others][:KEPT]
         self._buffers, self._key, self._cache = None, (), None
         self.codes, self.uniforms = self._given, self._given_uniforms

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from numbers import Integral
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -21,9 +22,13 @@ from .cuda_graphs import token_generator
 from .image import ImageInput, to_model_input
 from .labels import ClassLabels, LabelNames
 from .pipeline_output import OUTPUT_TYPES, Images, SpectralARPipelineOutput, SpectralARStep, as_output, to_output
+from .run_state import Runs
 from .streaming import FrameStream
 from .tokenizer import SpectralTokenizer
 from .transformer import SpectralARTransformer
+
+# Of all pipelines, as they may share components.
+_OFFLOADING = RLock()
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
@@ -36,9 +41,8 @@ class SpectralARPipeline(DiffusionPipeline):
     r"""
     Class-conditional image generation by spectral tokens, coarse to fine (SpectralAR, arXiv 2506.10962).
 
-    This model inherits from [`DiffusionPipeline`]: see there for loading, saving and moving to a device. As all
-    pipelines it runs one call at a time; for several at once make one for each, which share the weights:
-    `SpectralARPipeline(**pipe.components, **pipe.parameters)`.
+    This model inherits from [`DiffusionPipeline`]: see there for loading, saving and moving to a device. Any number of
+    calls and streams may run at a time, in threads or taking turns: none knows of the others.
 
     Parameters:
         tokenizer ([`SpectralTokenizer`]): images to codes, and any prefix of the codes to images.
@@ -57,6 +61,7 @@ class SpectralARPipeline(DiffusionPipeline):
         id2label: dict[int, str] | dict[str, str] | None = None,
     ) -> None:
         super().__init__()
+        self._runs = Runs()
         if tokenizer is not None and transformer is not None:  # one alone serves `encode` and `decode`
             for name in ("codebook_size", "num_tokens"):
                 ours, theirs = tokenizer.config[name], transformer.config[name]
@@ -86,6 +91,8 @@ class SpectralARPipeline(DiffusionPipeline):
         """Class ids of labels, as `__call__` takes them; see `LabelNames.ids`."""
         return self._names.ids(class_labels)
 
+    # Of the run whose callback asks, else see `Runs`. Callbacks set those with an underscore.
+
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
@@ -96,12 +103,28 @@ class SpectralARPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """Tokens that the current call samples, or the last one did."""
-        return self._num_timesteps
+        """Tokens that the run samples."""
+        return self._runs.seen().num_timesteps
 
     @property
     def interrupt(self) -> bool:
         return self._interrupt
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self._runs.seen().guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, value: float) -> None:
+        self._runs.changed().guidance_scale = value
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._runs.seen().interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._runs.changed().interrupt = value
 
     # ------------------------------------------------------------------------------------------------ generation
 
@@ -216,15 +239,16 @@ class SpectralARPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def _stream(self, run: GenerationArguments, every: int) -> Iterator[SpectralARStep]:
-        kind = run.output_type
+        kind, state = run.output_type, run.state
         frames = FrameStream(self.tokenizer, run.codes.shape[0], every, on_host=kind != "pt")
 
         def steps(ready: Iterator[tuple[Tensor, Tensor]]) -> Generator[SpectralARStep, None, bool]:
             """The events; returns whether one was answered with an interruption, after which there are no more."""
             for codes, images in ready:
-                interrupted_before = self._interrupt
+                interrupted_before = state.interrupt
+                self._runs.enter(state)
                 yield SpectralARStep(codes.shape[1], as_output(images, kind), codes)
-                if self._interrupt and not interrupted_before:
+                if state.interrupt and not interrupted_before:
                     return True
             return False
 
@@ -232,7 +256,7 @@ class SpectralARPipeline(DiffusionPipeline):
             with closing(self._generate(run)) as tokens:
                 for codes, unchanged in tokens:
                     index = codes.shape[1]
-                    ends = index in (run.prefix_length, run.codes.shape[1]) or self._interrupt
+                    ends = index in (run.prefix_length, run.codes.shape[1]) or state.interrupt
                     if unchanged < frames.length:  # a callback has replaced tokens that a frame is made of
                         if (yield from steps(frames.finish())):
                             return
@@ -240,10 +264,12 @@ class SpectralARPipeline(DiffusionPipeline):
                     if index % every and not ends:
                         continue
                     if kind == "latent":
+                        self._runs.enter(state)
                         yield SpectralARStep(index, codes, codes)
                         continue
-                    self._onload(self.tokenizer)
-                    if (yield from steps(frames.add(codes))):
+                    with self._on_device(self.tokenizer):
+                        ready = list(frames.add(codes))
+                    if (yield from steps(ready)):
                         return
                 yield from steps(frames.finish())
         finally:
@@ -251,26 +277,26 @@ class SpectralARPipeline(DiffusionPipeline):
 
     def _generate(self, run: GenerationArguments) -> Iterator[tuple[Tensor, int]]:
         """The token loop. Yields the codes so far (B, t), and how many of them are as they were the last time."""
-        self._guidance_scale, self._interrupt = run.guidance_scale, False
-        start, total = run.prefix_length, run.codes.shape[1]
-        self._num_timesteps = total - start
-        if start:
-            yield run.codes[:, :start].clone(), 0
-        generator = token_generator(
-            self.transformer, run.class_labels, run.codes, run.uniforms,
-            codebook_sizes=self.tokenizer.quantizer.codebook_sizes, **run.sampling,
-        )  # fmt: skip
-        with closing(generator), self.progress_bar(total=total - start) as bar:
-            for index in range(start, total):
-                if self._interrupt and index > 0:  # an image takes one token at least
-                    break
-                self._onload(self.transformer)
-                generator.sample(index, self._guidance_scale)  # which a callback may change
-                unchanged = self._call_back(run, index)
-                if unchanged < index:
-                    generator.restart()
-                bar.update()
-                yield run.codes[:, : index + 1].clone(), unchanged
+        state, start, total = run.state, run.prefix_length, run.codes.shape[1]
+        with self._runs.going_on(state):
+            if start:
+                yield run.codes[:, :start].clone(), 0
+            with self._offloading():
+                generator = token_generator(
+                    self.transformer, run.class_labels, run.codes, run.uniforms,
+                    codebook_sizes=self.tokenizer.quantizer.codebook_sizes, **run.sampling,
+                )  # fmt: skip
+            with closing(generator), self.progress_bar(total=total - start) as bar:
+                for index in range(start, total):
+                    if state.interrupt and index > 0:  # an image takes one token at least
+                        break
+                    with self._on_device(self.transformer):
+                        generator.sample(index, state.guidance_scale)  # which a callback may change
+                    unchanged = self._call_back(run, index)
+                    if unchanged < index:
+                        generator.restart()
+                    bar.update()
+                    yield run.codes[:, : index + 1].clone(), unchanged
 
     def _call_back(self, run: GenerationArguments, index: int) -> int:
         """Calls the callback, if any, after token `index`; how many of the codes are as they were before it."""
@@ -278,7 +304,8 @@ class SpectralARPipeline(DiffusionPipeline):
             return index
         codes = run.codes[:, : index + 1]
         given = {name: codes.clone() for name in run.callback_tensor_inputs}
-        returned = run.callback(self, index - run.prefix_length, index, given) or {}
+        with self._runs.calling_back(run.state):
+            returned = run.callback(self, index - run.prefix_length, index, given) or {}
         latents = returned.get("latents", codes)
         if latents.shape != codes.shape:
             raise ValueError(f"the callback must return latents of shape {tuple(codes.shape)}, got {latents.shape}.")
@@ -302,8 +329,8 @@ class SpectralARPipeline(DiffusionPipeline):
         config = self.tokenizer.config
         pixels = to_model_input(images, config.image_size, config.in_channels)  # (B, C, H, H)
         try:
-            self._onload(self.tokenizer)
-            return self.tokenizer.encode(pixels.to(self._execution_device))
+            with self._on_device(self.tokenizer):
+                return self.tokenizer.encode(pixels.to(self._execution_device))
         finally:
             self.maybe_free_model_hooks()
 
@@ -333,13 +360,32 @@ class SpectralARPipeline(DiffusionPipeline):
             self.maybe_free_model_hooks()
 
     def _decode(self, codes: Tensor, num_tokens: int | Tensor | Sequence[int] | None = None) -> Tensor:
-        self._onload(self.tokenizer)
-        return self.tokenizer.decode(codes, num_tokens)
+        with self._on_device(self.tokenizer):
+            return self.tokenizer.decode(codes, num_tokens)
 
-    def _onload(self, module: torch.nn.Module) -> None:
-        """Moves a component to its device under model offloading, whose hooks know of `forward` only."""
-        if hasattr(module, "_hf_hook"):
-            module._hf_hook.pre_forward(module)
+    # ------------------------------------------------------------------------------------------------ offloading
+
+    def _offloading(self) -> AbstractContextManager:
+        """Around all that moves components to and fro, or needs them where they are: one run at a time."""
+        return _OFFLOADING if hasattr(self, "_offload_device") else nullcontext()
+
+    @contextmanager
+    def _on_device(self, module: torch.nn.Module) -> Iterator[None]:
+        """A component on its device, under model offloading, whose hooks know of `forward` only."""
+        with self._offloading():
+            if hasattr(module, "_hf_hook"):
+                module._hf_hook.pre_forward(module)
+            yield
+
+    @property
+    def _execution_device(self) -> torch.device:
+        with self._offloading():  # where another run ends, hooks are off for a moment
+            return super()._execution_device
+
+    def maybe_free_model_hooks(self) -> None:
+        """As in the library: to be called at the end of a run."""
+        with self._offloading():
+            super().maybe_free_model_hooks()
 
     def enable_sequential_cpu_offload(self, *args, **kwargs) -> None:
         """Not supported: it hooks the `forward` of every submodule, and ours run without."""

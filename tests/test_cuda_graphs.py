@@ -3,6 +3,11 @@
 As with a graph nothing of Python is left at a replay: numbers are those of the capture, addresses too.
 """
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakKeyDictionary
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -172,6 +177,29 @@ def test_graphs_of_two_samples_at_once_are_apart(captured):
         for generator, one, other in zip(pair, codes, expected, strict=True):
             generator.close()
             assert torch.equal(one, other)
+    assert len(captured) == 2 * N
+
+
+def test_threads_do_not_share_or_lose_graphs(captured, monkeypatch):
+    class Slow(WeakKeyDictionary):
+        def get(self, *args):
+            found = super().get(*args)
+            time.sleep(0.05)  # for the other thread to look as well
+            return found
+
+    monkeypatch.setattr(cuda_graphs, "_unused", Slow())
+    model = tiny_transformer()
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):  # the first round captures, the second takes what is there
+            barrier = threading.Barrier(2)
+
+            def run(i, barrier=barrier):
+                barrier.wait(60)
+                return generate(GraphedTokenGenerator, model, [i, 3], [2.0] * N, seed_value=i)
+
+            for i, codes in enumerate(pool.map(run, range(2))):
+                assert torch.equal(codes, generate(TokenGenerator, model, [i, 3], [2.0] * N, seed_value=i))
+            assert len(cuda_graphs._unused[model]) == 2
     assert len(captured) == 2 * N
 
 

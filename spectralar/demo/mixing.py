@@ -12,7 +12,7 @@ import torch
 from .. import plots
 from ..chart import Chart
 from ..spectral import low_pass
-from .model import Model, own_pipe, to_pixels
+from .model import Model, to_pixels
 from .scrubber import StripEncoder, scrubber_value
 from .source import Picture
 
@@ -54,11 +54,10 @@ def continuations(
     The random numbers are the same for all k: where neighbouring k differ, it is the prefix that made them.
     """
     n = model.num_tokens
-    pipe = own_pipe(model.pipe)
     for k in range(1, n + 1):
         rows = [codes] * VARIATIONS
         if k < n:
-            steps = pipe.stream(
+            steps = model.pipe.stream(
                 class_id, num_images_per_prompt=VARIATIONS, guidance_scale=guidance_scale, prefix_codes=[codes[:k]],
                 generator=torch.Generator().manual_seed(seed), output_type="latent",
             )  # fmt: skip

@@ -43,13 +43,6 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def own_pipe(pipe: SpectralARPipeline) -> SpectralARPipeline:
-    """A pipeline for one call, on the same weights: pipelines keep a call's state, and visitors run side by side."""
-    own = SpectralARPipeline(**pipe.components, **pipe.parameters)
-    own.set_progress_bar_config(disable=True)
-    return own
-
-
 def on_gpu(function: Callable) -> Callable:
     """`spaces.GPU` where the package is there (ZeroGPU lends a GPU for the call); else the function itself."""
     try:
@@ -116,7 +109,7 @@ class Model:
         The arguments are those of `SpectralARPipeline.stream`, and so are the frames, to the bit. Those inside a given
         prefix come first. Small frames come a few at a time, behind their tokens; a run can be stopped at any yield.
         """
-        pipe, tokenizer = own_pipe(self.pipe), self.pipe.tokenizer
+        pipe, tokenizer = self.pipe, self.pipe.tokenizer
         prefix = arguments.get("prefix_codes")
         if prefix:
             for k, image in enumerate(pipe.decode(prefix, list(range(1, len(prefix[0]) + 1)))[0][:-1], start=1):

@@ -19,7 +19,7 @@ from .figures import figure, listen_to_saves, shown
 from .generate import QUIET, SAMPLERS, new_seed
 from .links import Link, Linked, from_query
 from .mixing import VARIATIONS, Continuation, continuations, exchange, exchange_value, strip_chart
-from .model import MAX_SEED, Model, on_gpu, own_pipe
+from .model import MAX_SEED, Model, on_gpu
 from .runs import MAX_IMAGES, SECONDS_A_MESSAGE, Settings
 from .scrubber import scrubber
 from .source import Origins, Picture, Source, source
@@ -231,7 +231,7 @@ def _add_endpoints(model: Model) -> None:
     def variations(
         class_id: int, count: int, guidance_scale: float, prefix: list[int], generator: torch.Generator
     ) -> list[list[int]]:
-        return own_pipe(model.pipe)(
+        return model.pipe(
             class_id, num_images_per_prompt=count, guidance_scale=guidance_scale, prefix_codes=[prefix],
             generator=generator, output_type="latent",
         ).codes.tolist()  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..image import to_model_input
 from .errors import one_sentence
 from .generate import QUIET, new_seed
-from .model import MAX_SEED, Model, on_gpu, own_pipe, to_pixels
+from .model import MAX_SEED, Model, on_gpu, to_pixels
 from .runs import Settings
 from .upload import PhotoInput, open_photo
 
@@ -103,7 +103,7 @@ class Origins:
 
     def _codes_of_class(self, class_ids: list[int], seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
-        pipe, scale = own_pipe(self.model.pipe), Settings.guidance_scale
+        pipe, scale = self.model.pipe, Settings.guidance_scale
         return pipe(class_ids, guidance_scale=scale, generator=generator, output_type="latent").codes.tolist()
 
 
