@@ -24,7 +24,7 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 # What the fields below may hold, by name; every other number must be above 0.
 CHOICES = {
     "channels": (1, 3),
-    "augment": ("flip", "shift", "crop"),  # see train.data.augment
+    "augment": ("flip", "shift", "crop", "scale", "color"),  # see train.data.augment
     "mixed_precision": ("no", "bf16", "fp16"),
     "optimizer": ("adamw", "muon"),
     "codes": ("stored", "on-the-fly"),
@@ -77,7 +77,7 @@ class DataConfig:
     image_column: str = "image"  # column of the images (Parquet, Hub)
     label_column: str = "label"  # column of the class ids or names (Parquet, Hub)
     class_balance: str = "none"  # draw classes by their size; "sqrt" = by its square root; "even" = equally often
-    augment: list[str] = field(default_factory=list)  # any of "flip", "shift", "crop"; applied in this order
+    augment: list[str] = field(default_factory=list)  # "flip", "shift", "crop", "scale", "color"; in this order
     class_names: str = ""  # JSON file, raw class name -> readable names ("a, b" or a list; the first is shown)
     cache: str = ""  # folder of decoded images, for later runs too; "" = $SPECTRALAR_CACHE, else ~/.cache/spectralar
     decode: str = "once"  # "once" = keep in `cache`; "on-the-fly" = at each use, if not kept; "stream" = read then too

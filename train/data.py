@@ -20,7 +20,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from .config import DataConfig
+from .config import CHOICES, DataConfig
 from .decoding import LazyImages, Pack, decode_in_chunks, make_pack, on_main, pack_folder, read_pack
 from .order import balanced_order, evenly, step_indices
 from .sources import Listing, list_images, quoted, source_version
@@ -29,6 +29,8 @@ from .streams import StreamedImages, list_stream
 logger = logging.getLogger(__name__)
 
 CROP_SCALE = (0.8, 1.0)  # side of a random crop / side of the image
+SCALE = (0.92, 1.08)  # size of what is in an image, after / before
+GAMMA, GAMMA_OF_CHANNEL = 0.2, 0.1  # largest logarithm of a random exponent: of all channels, and of one besides
 UNEVEN = 10  # images of the largest class / of the smallest, from which on balancing is worth a word
 
 
@@ -173,7 +175,9 @@ def augment(
 
     Args:
         names: applied in this order. "flip": mirrored left to right, half of the time; "shift": by -1, 0 or 1
-            pixels down and across, edges repeated; "crop": a square of 0.8 to 1 of the side, resized back.
+            pixels down and across, edges repeated; "crop": a square of 0.8 to 1 of the side, resized back; "scale":
+            what is in it 0.92 to 1.08 times as large about the centre, edges repeated; "color": each channel x of
+            [0, 1] to a power of 0.74 to 1.35, much the same for all channels: white and black stay as they are.
         generator: its device need not be that of the images.
         rank, world: `images` are the rank-th of `world` equal, consecutive slices of the step.
     """
@@ -190,8 +194,12 @@ def augment(
             images = _shift(images, (uniform(2) * 3).long() - 1)
         elif name == "crop":
             images = _crop(images, uniform(3))
+        elif name == "scale":
+            images = _scale(images, SCALE[0] + (SCALE[1] - SCALE[0]) * uniform(1)[:, 0])
+        elif name == "color":
+            images = _color(images, 2 * uniform(1 + images.shape[1]) - 1)
         else:
-            raise ValueError(f"Unknown augmentation {name!r}: take 'flip', 'shift' or 'crop'.")
+            raise ValueError(f"Unknown augmentation {name!r}: take {', '.join(map(repr, CHOICES['augment']))}.")
     return images
 
 
@@ -285,3 +293,32 @@ def _crop(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     cropped = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return cropped.round().clamp(0, 255).to(torch.uint8)
+
+
+def _scale(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, H) images with what is in them `factors` (B,) times as large, repeating the edge.
+
+    Bicubic (Keys, 1981, a = -0.5) with the kernel as wide as the image shrinks: bilinear weights would blur each one.
+    """
+    size = images.shape[-1]
+    middle, least = (size - 1) / 2, float(factors.min().clamp(max=1))
+    past = math.ceil(middle * (1 / least - 1) + 2 / least)  # pixels past the edge that are looked at
+    places = torch.arange(-past, size + past, device=images.device, dtype=torch.float32)  # (H + 2 past,)
+    centres = middle + (places[past:-past] - middle) / factors[:, None]  # (B, H), where each pixel looks
+    x = (centres[:, :, None] - places).abs() * factors[:, None, None].clamp(max=1)  # (B, H, H + 2 past)
+    inner, outer = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, inner, torch.where(x < 2, outer, 0))
+    weights /= weights.sum(dim=2, keepdim=True)
+    matrix = weights[:, :, past:-past].clone()  # (B, H, H)
+    matrix[:, :, 0] += weights[:, :, :past].sum(dim=2)  # what lies past an edge is the edge's pixel
+    matrix[:, :, -1] += weights[:, :, -past:].sum(dim=2)
+    matrix = matrix.unsqueeze(1)  # (B, 1, H, H)
+    return (matrix @ images.float() @ matrix.mT).round().clamp(0, 255).to(torch.uint8)
+
+
+def _color(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Powers of the channels of (B, C, H, W) images on [0, 1]; `draws` (B, 1 + C) in [-1, 1] give the exponents."""
+    exponents = (GAMMA * draws[:, :1] + GAMMA_OF_CHANNEL * draws[:, 1:]).exp()  # (B, C)
+    levels = torch.linspace(0, 1, 256, device=images.device)
+    table = (255 * levels ** exponents[:, :, None]).round().to(torch.uint8)  # (B, C, 256)
+    return table.gather(2, images.flatten(2).long()).view_as(images)

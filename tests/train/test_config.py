@@ -94,7 +94,7 @@ def test_wrong_key_names_the_right_one(override, suggestion):
         ("data.image_size=1.5", "data.image_size, which takes int"),
         ("data.augment=flip", "data.augment=[a,b]"),
         ("train_tokenizer.compile=perhaps", "train_tokenizer.compile, which takes bool"),
-        ("data.augment=[flop]", "'flip', 'shift', 'crop'; 'flop' is none of them"),
+        ("data.augment=[flop]", "'flip', 'shift', 'crop', 'scale', 'color'; 'flop' is none of them"),
         ("train_transformer.mixed_precision=fp8", "'no', 'bf16', 'fp16'; 'fp8' is none of them"),
         ("train_transformer.codes=later", "train_transformer.codes"),
         ("data.channels=2", "data.channels takes 1, 3"),

@@ -13,7 +13,7 @@ from PIL import Image
 from spectralar.image import preprocess_pil
 from spectralar.labels import LabelNames
 from train.config import DataConfig
-from train.data import Prefetch, augment, describe_classes, load_images, to_float
+from train.data import Prefetch, _scale, augment, describe_classes, load_images, to_float
 
 
 def encoded(image: Image.Image, kind: str, **options) -> Image.Image:
@@ -209,11 +209,14 @@ def test_what_a_load_raises_comes_when_its_step_does():
 # Augmentation ---------------------------------------------------------------------------------------------
 
 
+ALL = ["flip", "shift", "crop", "scale", "color"]
+
+
 def random_images(n: int, size: int = 8) -> torch.Tensor:
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("names", [["flip"], ["shift"], ["crop"], ["flip", "shift", "crop"]])
+@pytest.mark.parametrize("names", [["flip"], ["shift"], ["crop"], ["scale"], ["color"], ALL])
 def test_slices_of_a_step_are_augmented_as_the_whole(names):
     images = random_images(12)
     whole = augment(images, names, torch.Generator().manual_seed(5))
@@ -230,8 +233,8 @@ def test_slices_of_a_step_are_augmented_as_the_whole(names):
 
 def test_generator_moves_on_as_far_on_every_process():
     generators = [torch.Generator().manual_seed(5) for _ in range(2)]
-    augment(random_images(4), ["flip", "shift", "crop"], generators[0], 1, 2)
-    augment(random_images(8), ["flip", "shift", "crop"], generators[1])
+    augment(random_images(4), ALL, generators[0], 1, 2)
+    augment(random_images(8), ALL, generators[1])
     assert torch.equal(generators[0].get_state(), generators[1].get_state())
 
 
@@ -266,8 +269,63 @@ def test_crop_shows_a_part_at_least_eight_tenths_wide():
     assert torch.allclose(line[:, 32].mean(), torch.tensor(128.0), atol=4)  # no side is preferred
 
 
+def test_scale_enlarges_and_shrinks_a_little_about_the_centre():
+    size = 64
+    images = torch.zeros(300, 2, size, size, dtype=torch.uint8)
+    images[:, :, 20:44, 20:44] = 255  # a square of 24
+    scaled = augment(images, ["scale"], torch.Generator().manual_seed(0)).double() / 255
+    sides = scaled[:, 0].sum(dim=(1, 2)).sqrt() / 24
+    assert 0.915 < sides.min() < 0.93 and 1.07 < sides.max() < 1.085
+    assert sides.mean() == pytest.approx(1, abs=0.01)
+    for axis in (1, 2):  # of an image of one channel
+        marginal = scaled[:, 0].sum(dim=axis)
+        centre = (marginal * torch.arange(size)).sum(dim=1) / marginal.sum(dim=1)
+        assert (centre - (size - 1) / 2).abs().max() < 0.02
+    assert torch.equal(scaled[:, 0], scaled[:, 1])
+
+
+def test_scale_is_that_of_a_bicubic_filter():
+    """PIL's, which cuts its kernel off at the edges: compared away from them."""
+    pixels = torch.nn.functional.avg_pool2d(torch.rand(1, 1, 66, 66), 3, 1).mul(255).to(torch.uint8)
+    for factor in (0.92, 0.97, 1.0, 1.08):
+        scaled = _scale(pixels, torch.tensor([factor]))[0, 0].int()
+        reach = 32 / factor  # what is seen of the image, from its centre
+        if factor < 1:
+            with_edge = np.pad(pixels[0, 0].numpy(), 8, mode="edge")
+            box = (40 - reach, 40 - reach, 40 + reach, 40 + reach)
+        else:
+            with_edge, box = pixels[0, 0].numpy(), (32 - reach, 32 - reach, 32 + reach, 32 + reach)
+        expected = Image.fromarray(with_edge).resize((64, 64), Image.Resampling.BICUBIC, box=box)
+        difference = (scaled - torch.from_numpy(np.array(expected).astype(np.int32))).abs()
+        assert difference[4:-4, 4:-4].max() <= 1, factor
+    assert torch.equal(_scale(pixels, torch.ones(1)), pixels)
+
+
+def test_color_keeps_white_and_black_and_moves_channels_much_together():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(500, 3, -1, -1)
+    changed = augment(levels, ["color"], torch.Generator().manual_seed(0)).flatten(2)  # (500, 3, 256)
+    assert (changed[..., 0] == 0).all() and (changed[..., -1] == 255).all()
+    assert (changed[..., 1:] >= changed[..., :-1]).all()
+    exponents = (changed[..., 128].double() / 255).log() / np.log(128 / 255)
+    assert 0.73 < exponents.min() < 0.85 and 1.2 < exponents.max() < 1.36
+    logs = exponents.log()
+    assert logs.mean().abs() < 0.02  # neither brighter nor darker on the whole
+    spread = (logs.amax(dim=1) - logs.amin(dim=1)).amax()
+    assert 0.15 < spread < 0.22
+    assert logs.mean(dim=1).std() > 2 * (logs - logs.mean(dim=1, keepdim=True)).std() * 0.9
+
+
+@pytest.mark.parametrize("name", ["shift", "crop", "scale", "color"])
+def test_a_product_on_white_stays_on_white(name):
+    images = torch.full((200, 3, 16, 16), 255, dtype=torch.uint8)
+    images[:, :, 4:12, 4:12] = torch.randint(0, 256, (200, 3, 8, 8), dtype=torch.uint8)
+    changed = augment(images, [name], torch.Generator().manual_seed(0))
+    for edge in (changed[:, :, 0], changed[:, :, -1], changed[..., 0], changed[..., -1]):
+        assert (edge == 255).all()
+
+
 def test_unknown_augmentation_is_named():
-    with pytest.raises(ValueError, match="'turn'.*'flip', 'shift' or 'crop'"):
+    with pytest.raises(ValueError, match="'turn'.*'flip', 'shift', 'crop', 'scale', 'color'"):
         augment(random_images(2), ["turn"], torch.Generator())
 
 
