@@ -42,6 +42,7 @@ DEVICES = {
 # Images of the presets' data sets, training and evaluation, and classes.
 DATA = {
     "fashion-mnist": (60_000, 10_000, 10),
+    "fashion-products": (21_588, 1_362, 37),
     "zh-plus/tiny-imagenet": (100_000, 10_000, 200),
     "ILSVRC/imagenet-1k": (1_281_167, 50_000, 1000),
 }
