@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from itertools import chain, count
 from numbers import Integral
 
 import numpy as np
@@ -20,6 +21,12 @@ class LabelNames:
             understood, and so is the whole. Ids may be strings, as JSON has them. None: the model has no names.
         num_classes: ids are 0..num_classes-1.
 
+    Attributes:
+        shown: one short name a class, in the order of the ids: the first, or the whole where others have the first
+            too, or that with the id behind it; the id alone where there is none. All differ, all are understood.
+        whole: the same with all names of a class.
+        unique: class ids by every name that is that of one class.
+
     Raises:
         ValueError: if an id is none of these.
     """
@@ -31,13 +38,20 @@ class LabelNames:
         pairs = [(name.strip(), i) for i, value in self.id2label.items() for name in (value, *value.split(","))]
         for name, i in pairs:
             self._ids.setdefault(name.casefold(), set()).add(i)
+        # No two classes are shown under one name: the first of "Smith, Anna" and "Smith, John" is that of both.
+        texts = [self.id2label.get(i, "").strip() for i in range(num_classes)]
+        self.shown = [self._told_apart(i, text.split(",")[0].strip(), text) for i, text in enumerate(texts)]
+        self.whole = [self._told_apart(i, text) for i, text in enumerate(texts)]
+        pairs += [(name, i) for names in (self.shown, self.whole) for i, name in enumerate(names) if name != str(i)]
+        for name, i in pairs:
+            self._ids.setdefault(name.casefold(), set()).add(i)
         self.unique = dict(sorted((name, i) for name, i in pairs if len(self._ids[name.casefold()]) == 1))
 
-    @property
-    def shown(self) -> list[str]:
-        """One name a class, in the order of the ids; the id itself where there is none."""
-        names = (self.id2label.get(i, str(i)) for i in range(self.num_classes))
-        return [name.split(",")[0].strip() for name in names]
+    def _told_apart(self, i: int, *names: str) -> str:
+        """The first of the names that no other class has; where all are shared or empty, one with the id behind it."""
+        names = list(filter(None, names)) or [str(i)]
+        candidates = chain(names, (names[0] + n * f" ({i})" for n in count(1)))
+        return next(name for name in candidates if self._ids.get(name.casefold(), {i}) == {i})
 
     def ids(self, labels: ClassLabels) -> list[int]:
         """Class ids of labels: an id, a name in upper or lower case, a tensor or array of ids, or lists of all these.
@@ -74,5 +88,11 @@ class LabelNames:
             )
         folded = {known.casefold(): known for known in self.unique}
         close = [repr(folded[match]) for match in get_close_matches(name.casefold(), folded, n=3)]
-        hint = f"did you mean {' or '.join(close)}?" if close else "`pipe.labels` has all names."
+        hint = f"did you mean {' or '.join(close)}?" if close else self._some_names()
         raise ValueError(f"no class is named {name!r}: {hint}")
+
+    def _some_names(self) -> str:
+        """For whoever has no idea which there are, on a page too, where `labels` cannot be looked at."""
+        named = [self.shown[i] for i in self.id2label]
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        return f"there are {', '.join(named[:3])}{more}."
