@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
+# Far outside of what gives other pictures, and far inside of what float16 and float32 hold.
+MAX_GUIDANCE = 1000.0
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
 
 
 # ------------------------------------------------------------------------------------------------ guidance
@@ -162,10 +165,15 @@ def check_sampling_arguments(
     """Raises a ValueError of one sentence for the first sampling argument that is out of range."""
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {temperature}.")
+    if temperature and not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        limits = f"{MIN_TEMPERATURE:g} and {MAX_TEMPERATURE:g}"
+        raise ValueError(f"temperature must be 0 (greedy) or between {limits}, got {temperature}.")
     if not isinstance(top_k, Integral) or not 0 <= top_k <= codebook_size:
         raise ValueError(f"top_k must be an integer from 0 (off) to the codebook size {codebook_size}, got {top_k}.")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1 (off), got {top_p}.")
     if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
         raise ValueError(f"guidance_scale must be a finite number >= 0 (1 is off), got {guidance_scale}.")
+    if guidance_scale > MAX_GUIDANCE:
+        raise ValueError(f"guidance_scale must be at most {MAX_GUIDANCE:g}, got {guidance_scale}.")
     guidance_at(0, 1, guidance_scale, guidance_schedule)

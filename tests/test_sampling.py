@@ -9,6 +9,9 @@ from scipy import stats
 
 from spectralar.sampling import (
     GUIDANCE_SCHEDULES,
+    MAX_GUIDANCE,
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
     check_sampling_arguments,
     draw_uniforms,
     filter_logits,
@@ -196,10 +199,10 @@ def test_uniforms_without_generator_follow_the_global_seed():
 @pytest.mark.parametrize(
     "name, values",
     [
-        ("temperature", [-0.1, math.inf, math.nan]),
+        ("temperature", [-0.1, math.inf, math.nan, 1e-30, 5000.0]),
         ("top_k", [-1, 1025, 2.5, math.nan]),
         ("top_p", [0.0, -0.5, 1.01, math.nan]),
-        ("guidance_scale", [-1.0, math.inf, math.nan]),
+        ("guidance_scale", [-1.0, math.inf, math.nan, 2000.0]),
         ("guidance_schedule", ["quadratic", None]),
     ],
 )
@@ -210,6 +213,16 @@ def test_bad_arguments_are_named(name, values):
         assert len(str(error.value)) < 120
     with pytest.raises(ValueError, match="constant, linear, cosine"):
         check_sampling_arguments(1024, guidance_schedule="quadratic")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_whatever_passes_gives_a_token(dtype):
+    cond, uncond = torch.tensor([[20.0, -20, 3]], dtype=dtype), torch.tensor([[-20.0, 20, 1]], dtype=dtype)
+    logits = guide(cond, uncond, MAX_GUIDANCE)
+    for temperature in (MIN_TEMPERATURE, MAX_TEMPERATURE):
+        p = (logits.float() / temperature).softmax(-1)
+        assert p.isfinite().all()
+        assert sample_tokens(logits, torch.tensor([0.3]), temperature).tolist() == [0]
 
 
 def test_good_arguments_pass():

@@ -50,10 +50,10 @@ def guidance_plot(model: Model, scale: float, schedule: str, num_tokens: int) ->
 
 def _controls(model: Model) -> dict[str, gr.components.Component]:
     """The settings, by their names in the page's address and in the order of `Settings`."""
-    n, names = model.num_tokens, model.class_names
+    n = model.num_tokens
     with gr.Group():
-        choices = list(zip(model.all_names, names, strict=True))
-        label = gr.Dropdown(choices, value=names[0], label="Class", filterable=True, elem_id="class")
+        choices = [(name, i) for i, name in enumerate(model.all_names)]
+        label = gr.Dropdown(choices, value=0, label="Class", filterable=True, elem_id="class")
         count = gr.Slider(1, MAX_IMAGES, DEFAULTS.count, step=1, label="Images", elem_id="count")
         with gr.Row(elem_classes="seed"):
             seed = gr.Number(
@@ -95,13 +95,19 @@ def _controls(model: Model) -> dict[str, gr.components.Component]:
     }  # fmt: skip
 
 
+def example_classes(model: Model) -> list[int]:
+    """Class ids to try, spread over all of them."""
+    total = len(model.class_names)
+    return list(range(0, total, max(1, total // NUM_EXAMPLES)))[:NUM_EXAMPLES]
+
+
 def _examples(model: Model) -> gr.Dataset:
     """A few classes to try, spread over all of them."""
-    names = model.class_names
-    some = names[:: max(1, len(names) // NUM_EXAMPLES)][:NUM_EXAMPLES]
+    ids = example_classes(model)
     return gr.Dataset(
-        components=[gr.Textbox(visible=False)], samples=[[name] for name in some], label="Try", elem_id="try"
-    )
+        components=[gr.Textbox(visible=False)], samples=[[model.class_names[i]] for i in ids], type="index",
+        label="Try", elem_id="try",
+    )  # fmt: skip
 
 
 def build(model: Model) -> Linked:
@@ -174,7 +180,7 @@ class _Tab:
             (self.same.click, self.settings_of, self.run, self.controls),
             (self.fresh.click, new_seed, None, seed),
             (self.view.action, self.more, self.run, self.controls),
-            (examples.click, lambda sample: (sample[0], ""), examples, [label, prefix]),
+            (examples.click, lambda i: (example_classes(self.model)[i], ""), examples, [label, prefix]),
         ):
             runs.append(trigger(change, inputs, changed, **QUIET).success(self.generate, **options))
         # The token that is being sampled is finished, no other begun; a visitor who leaves has the same effect.
@@ -225,6 +231,7 @@ class _Tab:
     def settings_of(self, run: Run) -> list[Any]:
         """The controls' values that made a run."""
         values = asdict(run.settings) | {"prefix_codes": " ".join(map(str, run.settings.prefix_codes))}
+        values["class_label"] = self.model.label(run.settings.class_label)
         return [values[field.name] for field in fields(Settings)]
 
     def more(self, run: Run, event: gr.EventData) -> list[Any]:

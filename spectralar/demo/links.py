@@ -31,7 +31,11 @@ def from_query(component: gr.components.Component, text: str) -> Any:
     if len(text) > MAX_LENGTH:
         return None
     if isinstance(component, gr.Dropdown | gr.Radio):
-        return next((value for _, value in component.choices if str(value) == text), None)
+        by_value = [value for _, value in component.choices if str(value) == text]
+        # A link written by hand says the name that is shown, or the first of several.
+        names = [(name.casefold(), value) for name, value in component.choices]
+        by_name = [value for name, value in names if text.casefold() in (name, name.partition(",")[0])]
+        return next((found[0] for found in (by_value, by_name) if len(found) == 1), None)
     if isinstance(component, gr.Slider | gr.Number):
         try:
             number = float(text)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..labels import LabelNames
 from ..pipeline import SpectralARPipeline
 from ..streaming import FrameStream
 
@@ -74,9 +75,8 @@ class Model:
         self.codebook_size: int = config.codebook_size
         self.cutoffs: tuple[int, ...] = self.pipe.tokenizer.cutoffs
         self.class_names: list[str] = self.pipe.class_names
-        names = {int(i): text for i, text in (self.pipe.config.id2label or {}).items()}
         # All names of each class, for a search to look through.
-        self.all_names: list[str] = [names.get(i, shown) for i, shown in enumerate(self.class_names)]
+        self.all_names: list[str] = LabelNames(self.pipe.config.id2label, len(self.class_names)).whole
         self.frames = on_gpu(self._frames)
         self.encode = on_gpu(self._encode)
         self.decode = on_gpu(self._decode)
@@ -90,17 +90,17 @@ class Model:
         is_folder = Path(source).is_dir()
         return cls(Path(source).name if is_folder else str(source), pipe, Path(source).as_posix())
 
-    def label(self, text: str) -> int:
-        """Class id of what the page or a client sends: a name, or an id as digits.
+    def label(self, label: int | str) -> int:
+        """Class id of what the page or a client sends: an id, also as digits, or a name.
 
         Raises:
             ValueError: if there is no such class; names close ones.
         """
         try:
-            return self.pipe.get_label_ids(text)[0]
+            return self.pipe.get_label_ids(label)[0]
         except ValueError:
-            if text.strip().isdecimal():
-                return self.pipe.get_label_ids(int(text))[0]
+            if isinstance(label, str) and label.strip().isdecimal():
+                return self.pipe.get_label_ids(int(label[:20]))[0]
             raise
 
     def _frames(self, class_id: int, count: int, seed: int, **arguments: Any) -> Iterator[Frame | None]:

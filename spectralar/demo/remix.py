@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..image import to_model_input
-from .errors import one_sentence, user_error, whole_number
+from .errors import number, one_sentence, user_error, whole_number
 from .export import sheet
 from .figures import figure, listen_to_saves, shown
 from .generate import QUIET, SAMPLERS, new_seed
@@ -178,6 +178,7 @@ class _Tab:
             raise user_error("Choose a class first.")
         with one_sentence():
             seed = whole_number(seed, "the seed", 0, MAX_SEED)
+            guidance_scale = number(guidance_scale, "guidance")
         run = Continuation(self.model)
         yield self.show(run)
         begin = sent = time.perf_counter()
@@ -279,6 +280,7 @@ def _add_endpoints(model: Model) -> None:
             k = whole_number(num_tokens, "the number of tokens", 1, n - 1)
             count = whole_number(count, "the number of variations", 1, MAX_IMAGES)
             generator = torch.Generator().manual_seed(whole_number(seed, "the seed", 0, MAX_SEED))
+            guidance_scale = number(guidance_scale, "guidance")
             class_id, prefix = model.label(class_label or ""), picture(image, "an image").codes[:k]
             codes = variations(class_id, count, guidance_scale, prefix, generator)
         return sheet(model.decode(codes, [n])[:, 0]), {"codes": codes}

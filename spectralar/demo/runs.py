@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import one_sentence, whole_number
+from .errors import number, one_sentence, whole_number
 from .model import MAX_SEED, Frame, Model
 from .scrubber import StripEncoder, scrubber_value
 
@@ -26,7 +27,7 @@ BYTES_A_SECOND = 20e6
 class Settings:
     """What determines a picture, together with the model."""
 
-    class_label: str
+    class_label: str  # the name that the page shows
     count: int = 4
     seed: int = 0
     guidance_scale: float = 2.0
@@ -45,8 +46,12 @@ class Settings:
             ValueError: one sentence about the first setting that is wrong.
         """
         *sampling, num_tokens, prefix = rest
-        if class_label is None or not str(class_label).strip():
+        if class_label is None or class_label == "":
             raise ValueError("choose a class first.")
+        if isinstance(class_label, bool) or not isinstance(class_label, int | str):
+            raise ValueError("the class must be one of the names or ids.")
+        if isinstance(class_label, int):
+            class_label = model.class_names[model.label(class_label)]
         count = whole_number(count, "the number of images", 1, MAX_IMAGES)
         seed = whole_number(seed, "the seed", 0, MAX_SEED)
         num_tokens = model.num_tokens if num_tokens is None else num_tokens
@@ -57,13 +62,10 @@ class Settings:
         if len(prefix) >= num_tokens:
             raise ValueError(f"{len(prefix)} tokens are fixed and {num_tokens} wanted, so nothing is left to sample.")
         guidance_scale, schedule, temperature, top_k, top_p = sampling
-        for name, number in (("guidance", guidance_scale), ("temperature", temperature), ("top-p", top_p)):
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                raise ValueError(f"{name} must be a number.")
+        for name, value in (("guidance", guidance_scale), ("temperature", temperature), ("top-p", top_p)):
+            number(value, name)
         top_k = whole_number(top_k, "top-k", 0, model.codebook_size)
-        return cls(
-            str(class_label), count, seed, guidance_scale, schedule, temperature, top_k, top_p, num_tokens, prefix
-        )
+        return cls(class_label, count, seed, guidance_scale, schedule, temperature, top_k, top_p, num_tokens, prefix)
 
     def arguments(self) -> dict[str, Any]:
         """Those of `SpectralARPipeline.stream` besides class, count and seed."""
@@ -89,7 +91,7 @@ class Run:
         self.frames: list[np.ndarray] = []  # (B, H, H[, 3]) uint8, one a prefix length
         self.codes: list[list[int]] = []  # B lists
         count, total = settings.count, settings.num_tokens
-        name = f"{settings.class_label.split(',')[0].lower().replace(' ', '-')}-seed{settings.seed}"
+        name = f"{re.sub(r'[^0-9a-z]+', '-', settings.class_label.lower()).strip('-')}-seed{settings.seed}"
         self.encoder = StripEncoder(total)
         self.value = scrubber_value(
             [{"title": settings.class_label, "captions": [""] * count}],
