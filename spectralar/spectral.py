@@ -9,6 +9,7 @@ under autocast: bfloat16 keeps 8 bits, far too few for the small coefficients at
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -90,6 +91,82 @@ def cutoff_schedule(image_size: int, num_tokens: int, alpha: float = 1.5) -> tup
     return tuple(
         min(image_size, max(1, round(image_size * (k / num_tokens) ** alpha))) for k in range(1, num_tokens + 1)
     )
+
+
+def check_cutoffs(cutoffs: Sequence[int], image_size: int, num_tokens: int) -> tuple[int, ...]:
+    """Cutoffs (r_1, ..., r_N) that somebody gives, as they are.
+
+    Raises:
+        ValueError: if there are not N of them, from 1 to H, each at least the one before, and the last one H.
+    """
+    if len(cutoffs) != num_tokens:
+        raise ValueError(f"cutoffs needs one number for each of the {num_tokens} tokens, got {len(cutoffs)}.")
+    whole = all(isinstance(r, int) and 1 <= r <= image_size for r in cutoffs)
+    if not whole or list(cutoffs) != sorted(cutoffs) or cutoffs[-1] != image_size:
+        raise ValueError(
+            f"cutoffs must be whole numbers from 1 to {image_size}, none below the one before it and the last one "
+            f"{image_size}, got {list(cutoffs)}."
+        )
+    return tuple(cutoffs)
+
+
+def water_levels(variances: Tensor, bits: Sequence[float]) -> Tensor:
+    """Reverse water-filling: the levels D (S,) at which independent Gaussians spend each number of bits.
+
+    A coefficient of variance v is worth max(0, log2(v / D) / 2) bits and keeps an error of min(v, D): the least mean
+    squared error that any code of so many bits can reach (Cover & Thomas, section 10.3.3).
+
+    Args:
+        variances: of any shape, at least 0.
+        bits: S numbers, each at least 0.
+
+    Raises:
+        ValueError: if all variances are 0: nothing is worth a bit then.
+    """
+    ordered = variances.double().flatten().sort(descending=True).values.log2()
+    ordered = ordered[ordered > -math.inf]
+    if not len(ordered):
+        raise ValueError("all variances are 0: there is nothing to spend bits on.")
+    # With the n largest in use, sum_n log2(v) - n log2(D) = 2 bits; as many are in use as lie above the level.
+    count = torch.arange(1, len(ordered) + 1)
+    levels = (ordered.cumsum(0) - 2 * torch.tensor(bits, dtype=torch.float64)[:, None]) / count  # (S, n), of log2 D
+    used = (ordered >= levels).sum(dim=1).clamp(min=1)
+    return levels.gather(1, used[:, None] - 1)[:, 0].exp2()
+
+
+def gaussian_psnr(variances: Tensor, bits: Sequence[float], cutoffs: Sequence[int] | None = None) -> Tensor:
+    """PSNR in dB (S,) of the mean squared error that Gaussian images of these variances keep at each number of bits.
+
+    Args:
+        variances: of the coefficients of images in [-1, 1], (C, H, H); where colours go together, along the axes in
+            which they do not.
+        bits: S numbers.
+        cutoffs: S of them, if bits can only be spent on coefficients below these.
+    """
+    inside = square_mask(variances.shape[-1], torch.tensor(cutoffs or [variances.shape[-1]] * len(bits)))  # (S, H, H)
+    errors = []
+    for budget, mask in zip(bits, inside, strict=True):
+        spent_on = variances.double() * mask
+        level = float(water_levels(spent_on, [budget]))
+        errors.append((spent_on.clamp(max=level) + variances * ~mask).mean())
+    return -10 * (torch.stack(errors) / 4).log10()  # on [0, 1]
+
+
+def data_cutoffs(variances: Tensor, bits: Sequence[float]) -> tuple[int, ...]:
+    """Cutoffs by reverse water-filling: r_k is 1 + the largest max(u, v) that is worth a bit at those of k tokens.
+
+    Args:
+        variances: as in `gaussian_psnr`.
+        bits: of each prefix length, N numbers; k log2 K where all tokens have one codebook.
+
+    Returns:
+        (r_1, ..., r_N), non-decreasing, r_N = H.
+    """
+    size = variances.shape[-1]
+    largest = variances.double().flatten(0, -3).amax(dim=0)  # (H, H), over colours
+    frequency = square_frequency(size)
+    cutoffs = [1 + int((frequency * (largest > level)).max()) for level in water_levels(variances, bits)]
+    return (*cutoffs[:-1], size)
 
 
 def bands(cutoffs: tuple[int, ...] | list[int]) -> list[tuple[int, int]]:

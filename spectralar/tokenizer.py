@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from numbers import Integral
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from .layers import Block, KVCache, init_weights
 from .quantizer import FiniteScalarQuantizer, QuantizerOutput, VectorQuantizer, nested_codebook_sizes
-from .spectral import cutoff_schedule, low_pass
+from .spectral import check_cutoffs, cutoff_schedule, low_pass
 
 # One key/value pair (B, heads, k, head_dim) for each decoder layer.
 LayerKV = list[tuple[Tensor, Tensor]]
@@ -64,6 +66,8 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
             None or empty: all K everywhere.
         fsq_levels: finite scalar quantization in place of the codebook, L_i values for each of the d dimensions, K in
             all. None or empty: a cosine codebook.
+        cutoffs: r_1, ..., r_N in place of alpha's law, non-decreasing, from 1 to r_N = H, such as
+            `spectral.data_cutoffs` gives. None or empty: alpha's law.
         hidden_size, num_heads, encoder_layers, decoder_layers, mlp_ratio: size of the two ViTs.
     """
 
@@ -87,18 +91,21 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         decoder_layers: int = 4,
         mlp_ratio: float = 4.0,
         fsq_levels: list[int] | None = None,
+        cutoffs: list[int] | None = None,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False  # see `enable_gradient_checkpointing`
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} must be a multiple of patch_size {patch_size}.")
-        codebook_sizes, fsq_levels = codebook_sizes or None, fsq_levels or None
+        codebook_sizes, fsq_levels, cutoffs = codebook_sizes or None, fsq_levels or None, cutoffs or None
         if codebook_sizes is not None and len(codebook_sizes) == 1 < num_tokens:
             codebook_sizes = nested_codebook_sizes(codebook_sizes[0], codebook_size, num_tokens)
         if codebook_sizes is not None and len(codebook_sizes) != num_tokens:
             raise ValueError(f"codebook_sizes needs one size for each of the {num_tokens} tokens, or the first alone.")
-        self.register_to_config(codebook_sizes=codebook_sizes, fsq_levels=fsq_levels)  # as they came out
-        self.cutoffs = cutoff_schedule(image_size, num_tokens, alpha)
+        # As they came out.
+        self.register_to_config(codebook_sizes=codebook_sizes, fsq_levels=fsq_levels, cutoffs=cutoffs)
+        by_alpha = cutoff_schedule(image_size, num_tokens, alpha)
+        self.cutoffs = check_cutoffs(cutoffs, image_size, num_tokens) if cutoffs else by_alpha
         self._grid = image_size // patch_size
         self.num_patches = self._grid**2
         patch_dim = in_channels * patch_size**2
@@ -142,6 +149,12 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         nn.init.normal_(self.from_latent.weight, std=0.5)  # entries are unit vectors
         nn.init.zeros_(self.seam_conv[-1].weight)
         nn.init.zeros_(self.seam_conv[-1].bias)
+
+    @property
+    def prefix_bits(self) -> list[float]:
+        """Bits that the codes of each prefix can hold: the sum of log2 K_t over its k positions, k = 1..N."""
+        sizes = self.config.codebook_sizes or [self.config.codebook_size] * self.config.num_tokens
+        return list(accumulate(map(math.log2, sizes)))
 
     # ------------------------------------------------------------------------------------------------ encode
 

@@ -11,9 +11,12 @@ from spectralar.spectral import (
     band_energy,
     band_pass,
     bands,
+    check_cutoffs,
     cutoff_schedule,
+    data_cutoffs,
     dct2,
     dct_matrix,
+    gaussian_psnr,
     idct2,
     low_pass,
     nested_targets,
@@ -21,6 +24,7 @@ from spectralar.spectral import (
     radial_power_spectrum,
     square_frequency,
     square_mask,
+    water_levels,
 )
 
 # DCT ------------------------------------------------------------------------------------------------------
@@ -120,6 +124,88 @@ def test_cutoffs_of_the_default_model():
     assert cutoffs[:8] == (1, 1, 1, 1, 2, 3, 3, 4)
     assert cutoffs[15] == round(32 * 0.5**1.5) == 11
     assert cutoffs[31] == 32
+
+
+@pytest.mark.parametrize("cutoffs", [[1, 1, 8], [8, 8, 8], (3, 5, 8)])
+def test_given_cutoffs_stay_as_they_are(cutoffs):
+    assert check_cutoffs(cutoffs, 8, 3) == tuple(cutoffs)
+
+
+@pytest.mark.parametrize(("cutoffs", "message"), [
+    ([1, 8], "one number for each of the 3 tokens, got 2"), ([1, 2, 4, 8], "for each of the 3 tokens, got 4"),
+    ([0, 4, 8], "from 1 to 8"), ([4, 3, 8], "none below the one before"), ([1, 2, 7], "the last one 8"),
+    ([4, 9, 8], "from 1 to 8"), ([4, 4.5, 8], "whole numbers"), ([1, 9, 9], "from 1 to 8"),
+])  # fmt: skip
+def test_impossible_cutoffs(cutoffs, message):
+    with pytest.raises(ValueError, match=message):
+        check_cutoffs(cutoffs, 8, 3)
+
+
+# Reverse water-filling ------------------------------------------------------------------------------------
+
+
+def test_water_levels_in_closed_form():
+    # At D = 4 the coefficients 16, 16 and 4 are worth 1, 1 and 0 bits; at D = 1 they take 2, 2 and 1, and 1 none.
+    variances = torch.tensor([[16.0, 1.0], [4.0, 16.0]])
+    levels = water_levels(variances, [0, 2, 5, 5 + 4 * 1.5, 1])
+    torch.testing.assert_close(levels, torch.tensor([16, 4, 1, 1 / 8, 8], dtype=torch.float64))
+
+
+def test_water_levels_spend_the_bits():
+    torch.manual_seed(0)
+    variances = torch.rand(3, 8, 8, dtype=torch.float64) ** 6
+    bits = [0.5, 10.0, 300.0, 5000.0]
+    spent = [(variances / level).log2().div(2).clamp(min=0).sum() for level in water_levels(variances, bits)]
+    assert [float(x) for x in spent] == pytest.approx(bits, rel=1e-9)
+
+
+def test_coefficients_that_never_vary_get_no_bits():
+    one, padded = torch.tensor([9.0, 2.0]), torch.tensor([9.0, 0.0, 2.0, 0.0])
+    torch.testing.assert_close(water_levels(padded, [3.0, 20.0]), water_levels(one, [3.0, 20.0]))
+    with pytest.raises(ValueError, match="all variances are 0"):
+        water_levels(torch.zeros(4), [1.0])
+
+
+def test_the_gaussian_bound_in_closed_form():
+    # Equal variances v: D = v 2^(-2 bits / n), and the squared error of [-1, 1] is 4 times that of [0, 1].
+    variances = torch.full((3, 4, 4), 0.5)
+    bits = [0.0, 48.0, 96.0]
+    expected = [-10 * torch.tensor(0.5 * 2.0 ** (-2 * b / 48) / 4).log10() for b in bits]
+    torch.testing.assert_close(gaussian_psnr(variances, bits), torch.stack(expected).double())
+    # Within a cutoff of 2, four coefficients a channel share the bits, and the other twelve keep their variance.
+    inside = [0.5 * (12 + 4 * 2.0 ** (-2 * b / 12)) / 16 / 4 for b in bits]
+    limited = gaussian_psnr(variances, bits, cutoffs=[2, 2, 2])
+    torch.testing.assert_close(limited, -10 * torch.tensor(inside, dtype=torch.float64).log10())
+
+
+def test_no_code_of_gaussian_images_is_better_than_the_bound():
+    """Uniform scalar quantizers at the rate of their entropy are 1.53 dB behind at high rates (Gish & Pierce)."""
+    generator = torch.Generator().manual_seed(0)
+    deviations = 2.0 ** -torch.arange(16.0).view(1, 4, 4).div(4)
+    images = torch.randn(200_000, 1, 4, 4, generator=generator) * deviations
+    step = 0.02
+    indices = (images / step).round()
+    bits = 0.0
+    for column in indices.flatten(1).T:
+        p = column.unique(return_counts=True)[1] / len(column)
+        bits -= float((p * p.log2()).sum())
+    psnr = -10 * float(((indices * step - images).square().mean() / 4).log10())
+    assert gaussian_psnr(deviations**2, [bits]).item() - psnr == pytest.approx(1.53, abs=0.03)
+
+
+def test_data_cutoffs_open_what_is_worth_a_bit():
+    frequency = square_frequency(8)
+    variances = 2.0 ** (-2.0 * frequency)[None]  # a step of max(u, v) takes one bit off a coefficient's worth
+    count = (2 * torch.arange(8) + 1).tolist()  # coefficients of each max(u, v)
+
+    def bits_to(level):  # all those below `level` are worth one bit a step
+        return float(sum(count[f] * (level - f) for f in range(level)))
+
+    bits = [bits_to(1) - 0.5, bits_to(1), bits_to(2) + 0.5, bits_to(4), bits_to(6) + 1]
+    assert data_cutoffs(variances, bits) == (1, 1, 3, 4, 8)  # the last one opens everything
+    colour = torch.cat([0.1 * variances, variances, 0 * variances])
+    assert data_cutoffs(colour, bits[:1] + bits) == (1, 1, 1, 3, 4, 8)
+    assert data_cutoffs(variances, [0.0, 0.0]) == (1, 8)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0, 1.5, 2.0, 4])

@@ -1,12 +1,14 @@
 """Prefix causality, band limits and the equality of all ways to decode, on tiny random tokenizers."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from spectralar import SpectralTokenizer
 from spectralar.quantizer import CodebookRevival, VectorQuantizer, nested_codebook_sizes
-from spectralar.spectral import dct2, low_pass, square_mask
+from spectralar.spectral import cutoff_schedule, dct2, low_pass, square_mask
 from spectralar.tokenizer import ROWS_AT_ONCE, encoder_mask
 from tests.helpers import tiny_tokenizer
 
@@ -164,6 +166,44 @@ def test_a_frame_may_be_asked_for_twice_or_not_at_all(tokenizer):
         if k in (4, 5, N):
             for _ in range(2):
                 torch.testing.assert_close(decoder.frame(), tokenizer.decode(codes, k), **EXACT)
+
+
+@pytest.mark.parametrize("given", [None, []])
+def test_without_a_list_of_cutoffs_alpha_sets_them(given):
+    tokenizer = tiny_tokenizer(alpha=1.25, cutoffs=given)
+    assert tokenizer.cutoffs == cutoff_schedule(16, N, 1.25)
+    assert tokenizer.config.cutoffs is None
+
+
+def test_a_list_of_cutoffs_takes_the_place_of_alpha(tmp_path):
+    cutoffs = [3, 3, 4, 6, 6, 7, 8, 8, 9, 10, 12, 16]
+    tokenizer = tiny_tokenizer(cutoffs=cutoffs).double()
+    frames = tokenizer.decode(random_codes(2), list(range(1, N + 1)))  # (2, N, 1, 16, 16)
+    for k, r in enumerate(cutoffs, start=1):
+        spectrum = dct2(frames[:, k - 1]).abs()
+        assert spectrum[..., ~square_mask(16, r)].sum() < 1e-9
+        assert spectrum[..., r - 1, :r].amax() > 1e-3  # and the band is used up to its edge
+    tokenizer.save_pretrained(tmp_path)
+    loaded = SpectralTokenizer.from_pretrained(tmp_path)
+    assert loaded.cutoffs == tuple(cutoffs) and loaded.config.cutoffs == cutoffs
+
+
+def test_a_tokenizer_saved_before_there_were_lists_of_cutoffs_loads_unchanged(tmp_path):
+    tokenizer = tiny_tokenizer(alpha=1.25)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["cutoffs"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = SpectralTokenizer.from_pretrained(tmp_path)
+    assert loaded.cutoffs == tokenizer.cutoffs
+    codes = random_codes(2)
+    assert torch.equal(loaded.decode(codes, 3), tokenizer.decode(codes, 3))
+
+
+def test_prefix_bits():
+    assert tiny_tokenizer().prefix_bits == [5.0 * k for k in range(1, N + 1)]
+    nested = tiny_tokenizer(codebook_sizes=[2, 4, *[32] * (N - 2)])
+    assert nested.prefix_bits[:4] == [1.0, 3.0, 8.0, 13.0]
 
 
 @pytest.mark.parametrize("config", [{}, {"alpha": 0.0}, GRID], ids=["codebook", "no cutoffs", "grid"])
@@ -442,6 +482,8 @@ def test_unfit_use_of_the_prefix_decoder():
         ({"codebook_sizes": [K + 1] * N}, "codebook_sizes must lie between 1 and codebook_size"),
         ({"num_heads": 5}, "hidden_size 32 must be a multiple of num_heads 5"),
         ({"alpha": -1.0}, "alpha must be 0 or a positive number"),
+        ({"cutoffs": [4, 16]}, f"cutoffs needs one number for each of the {N} tokens, got 2"),
+        ({"cutoffs": [4] * N}, "the last one 16"),
     ],
 )
 def test_impossible_configurations(config, message):

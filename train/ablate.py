@@ -54,12 +54,12 @@ def tables(config: Config) -> dict[str, dict[str, list[str]]]:
             "nested codebooks from 2 entries": ("codebook_sizes=[2]", "rotation_trick=false"),
             f"FSQ {levels}": (f"{grid} codebook_dim={len(levels)}", "rotation_trick=false quantize_from=0"),
         },
-        "alpha": {f"alpha {alpha:g}": (f"alpha={alpha}", "") for alpha in (0.5, 1.0, 1.5, 2.0)},
+        "alpha": {f"alpha {alpha:g}": (f"cutoffs=[] alpha={alpha}", "") for alpha in (0.5, 1.0, 1.5, 2.0)},
         "seeds": {f"seed {seeds[0] + i}": ("", f"seed={seeds[0] + i}") for i in range(3)},
         "nesting": {
             "spectral targets": ("", ""),
             "spectral targets, equal weights": ("", "largest_boost=1"),
-            "nested dropout without spectral targets": ("alpha=0", ""),
+            "nested dropout without spectral targets": ("cutoffs=[] alpha=0", ""),
             "no nesting": ("", "prefixes_per_step=0"),
         },
         "prefixes": {

@@ -22,8 +22,9 @@ def fingerprint(tokenizer: SpectralTokenizer) -> str:
     """SHA-256 of a tokenizer's shape and weights, at the half precision they ship in."""
     digest = hashlib.sha256()
     config = {key: value for key, value in tokenizer.config.items() if not key.startswith("_")}
-    if config.get("fsq_levels") is None:
-        config.pop("fsq_levels", None)  # came later: older models keep their fingerprint
+    for name in ("fsq_levels", "cutoffs"):
+        if config.get(name) is None:
+            config.pop(name, None)  # came later: older models keep their fingerprint
     digest.update(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(tokenizer.state_dict().items()):
         digest.update(name.encode())

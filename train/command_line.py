@@ -49,12 +49,15 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse_settings(
-    parser: argparse.ArgumentParser, argv: list[str] | None = None
+    parser: argparse.ArgumentParser, argv: list[str] | None = None, *first: str
 ) -> tuple[argparse.Namespace, Config]:
-    """The arguments of `make_parser`, and of what was added to it, with the configuration that they name."""
+    """The arguments of `make_parser`, and of what was added to it, with the configuration that they name.
+
+    first: overrides of the preset that come before those of the command line.
+    """
     args = parser.parse_intermixed_args(argv)
     try:
-        return args, load_config(args.preset, args.overrides)
+        return args, load_config(args.preset, [*first, *args.overrides])
     except ValueError as error:
         parser.error(str(error))
 

@@ -19,6 +19,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from spectralar.spectral import check_cutoffs
+
 CONFIG_DIR = Path(__file__).parent / "configs"
 
 # What the fields below may hold, by name; every other number must be above 0.
@@ -119,6 +121,7 @@ class TokenizerConfig:
     patch_size: int = 8  # pixels; divides image_size
     num_tokens: int = 32  # N, spectral tokens an image
     alpha: float = 1.5  # exponent of the cutoff schedule; > 1 spends more tokens on low frequencies, 0 = no cutoffs
+    cutoffs: list[int] = field(default_factory=list)  # r_1 to r_N, as train.cutoffs prints them; [] = alpha's law
     codebook_size: int = 1024  # K, entries
     codebook_dim: int = 12  # dimension of an entry
     codebook_sizes: list[int] = field(default_factory=list)  # nested: K_1 alone, growing to K, or all K_t; [] = all K
@@ -272,6 +275,11 @@ def load_config(preset: str, overrides: list[str] | None = None) -> Config:
     except OmegaConfBaseException as error:
         raise ValueError(f"The configuration cannot be resolved: {_first_line(error)}.") from error
     check_config(config)
+    set_last = [override.partition("=")[0] for override in overrides or []]
+    if config.tokenizer.cutoffs and "tokenizer.alpha" in set_last:
+        raise ValueError(
+            "tokenizer.alpha has no effect beside tokenizer.cutoffs: set tokenizer.cutoffs=[] too, for alpha's law."
+        )
     return config
 
 
@@ -302,6 +310,7 @@ def check_config(config: Config) -> None:
             "tokenizer.image_size and tokenizer.in_channels follow data.image_size and data.channels: set those."
         )
     _check_mix(config)
+    _check_cutoffs(tokenizer)
     if tokenizer.fsq_levels and config.train_tokenizer.rotation_trick:
         raise ValueError(
             "train_tokenizer.rotation_trick turns gradients onto the entries of a codebook, which "
@@ -318,6 +327,15 @@ def check_config(config: Config) -> None:
         small, large = attrgetter(divisor)(config), attrgetter(number)(config)
         if large % small:
             raise ValueError(f"{divisor}={small} does not divide {number}={large}.")
+
+
+def _check_cutoffs(tokenizer: TokenizerConfig) -> None:
+    if tokenizer.cutoffs:
+        try:
+            check_cutoffs(tokenizer.cutoffs, tokenizer.image_size, tokenizer.num_tokens)
+        except ValueError as error:
+            text = f"tokenizer.{error} train.cutoffs computes them; tokenizer.cutoffs=[] is alpha's law."
+            raise ValueError(text) from error
 
 
 def _check_mix(config: Config) -> None:

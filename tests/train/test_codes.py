@@ -78,6 +78,7 @@ def test_fingerprint_is_of_shape_and_half_precision_weights():
     own = fingerprint(tokenizer)
     assert own == fingerprint(tokenizer.half()) == fingerprint(tiny_tokenizer())
     assert own != fingerprint(tiny_tokenizer(alpha=2.0))  # the same weights
+    assert own != fingerprint(tiny_tokenizer(cutoffs=[16] * 12))
     for name, parameter in tokenizer.named_parameters():
         before = parameter.data.clone()
         parameter.data.view(-1)[-1] += 0.01
@@ -87,11 +88,11 @@ def test_fingerprint_is_of_shape_and_half_precision_weights():
     assert fingerprint(tiny_transformer()) == fingerprint(tiny_transformer()) != fingerprint(tiny_transformer(seed=1))
 
 
-def test_a_model_saved_before_there_was_a_choice_of_quantizers_keeps_its_fingerprint(tmp_path):
+def test_a_model_saved_before_there_were_some_settings_keeps_its_fingerprint(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    del config["fsq_levels"]
+    del config["fsq_levels"], config["cutoffs"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert fingerprint(SpectralTokenizer.from_pretrained(tmp_path)) == fingerprint(tokenizer)
     digest = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k[0] != "_"}, sort_keys=True).encode())

@@ -42,6 +42,27 @@ def test_tokenizer_follows_the_data():
     assert (config.tokenizer.image_size, config.tokenizer.in_channels) == (64, 3)
 
 
+def test_a_list_of_cutoffs_and_alpha_are_two_laws():
+    rising = "tokenizer.cutoffs=[4,6,9,32]"
+    config = load_config("fashion-mnist-32", ["tokenizer.num_tokens=4", rising])
+    assert config.tokenizer.cutoffs == [4, 6, 9, 32]
+    with pytest.raises(ValueError, match=r"alpha has no effect .* set tokenizer.cutoffs=\[\] too"):
+        load_config("fashion-mnist-32", ["tokenizer.num_tokens=4", rising, "tokenizer.alpha=1"])
+    config = load_config(
+        "fashion-mnist-32", ["tokenizer.num_tokens=4", rising, "tokenizer.alpha=1", "tokenizer.cutoffs=[]"]
+    )
+    assert (config.tokenizer.cutoffs, config.tokenizer.alpha) == ([], 1.0)
+
+
+@pytest.mark.parametrize("cutoffs, said", [
+    ("[4,32]", "one number for each of the 4 tokens, got 2"), ("[4,6,9,30]", "the last one 32"),
+    ("[6,4,9,32]", "none below the one before it"),
+])  # fmt: skip
+def test_cutoffs_that_do_not_fit_are_refused_at_once(cutoffs, said):
+    with pytest.raises(ValueError, match=rf"^tokenizer.cutoffs .*{said}.*train.cutoffs computes them"):
+        load_config("fashion-mnist-32", ["tokenizer.num_tokens=4", f"tokenizer.cutoffs={cutoffs}"])
+
+
 def test_preset_may_be_any_file_and_sets_only_what_differs(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\ndata:\n  image_size: 64\n")
