@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from .config import Config, config_to_dict
+from .config import Config, config_to_dict, flatten
 
 KEPT = 2  # the newest, and one to fall back on when the newest is damaged
 
@@ -146,17 +146,10 @@ def first_line(error: Exception) -> str:
 def _changes(manifest: dict[str, Any], identity: dict[str, Any]) -> str:
     """Where a checkpoint's identity differs from the run's, as "a=1, not 2 and b=3, not 4"; "" where nowhere."""
     # A setting that came later than the checkpoint had its default then.
-    before = _flatten(config_to_dict(Config())) | _flatten(manifest)
-    now = _flatten(json.loads(json.dumps(identity)))
+    before = flatten(config_to_dict(Config())) | flatten(manifest)
+    now = flatten(json.loads(json.dumps(identity)))
     return " and ".join(
         f"{key}={str(before[key])[:16]}, not {str(value)[:16]}"
         for key, value in now.items()
         if key in before and before[key] != value
     )
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

@@ -250,6 +250,9 @@ def available_presets() -> list[str]:
 def load_config(preset: str, overrides: list[str] | None = None) -> Config:
     """Read a preset, apply ``dotted.key=value`` overrides in order and check the result.
 
+    A setting that is text takes all behind the first ``=`` as it is, also ``no``, ``007``, ``a: b #1`` or nothing;
+    numbers and lists (``[flip,crop]``) are parsed.
+
     Args:
         preset: a name out of `available_presets`, or the path of a .yaml file.
         overrides: such as ``["train_tokenizer.lr=1e-3", "data.augment=[flip,crop]"]``.
@@ -257,19 +260,9 @@ def load_config(preset: str, overrides: list[str] | None = None) -> Config:
     Raises:
         ValueError: an unknown preset, a wrong key, type or value; one sentence that says what would be right.
     """
-    schema = OmegaConf.structured(Config)
-    merged = _merge(schema, _read_preset(preset), f"Preset {preset!r}")
+    merged = _merge(OmegaConf.structured(Config), _read_preset(preset), f"Preset {preset!r}")
     for override in overrides or []:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
-            raise ValueError(f"Override {override!r} is not key=value, such as train_tokenizer.lr=1e-3.")
-        try:
-            parsed = OmegaConf.from_dotlist([override])
-            if _dotted_keys(Config).get(_schema_key(key)) == "str" and isinstance(OmegaConf.select(parsed, key), bool):
-                OmegaConf.update(parsed, key, text)  # YAML takes "no" for a truth value
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ValueError(f"Override {override!r} cannot be read: {_first_line(error)}.") from error
-        merged = _merge(merged, parsed, f"Override {override!r}")
+        merged = _merge(merged, _read_override(override), f"Override {override!r}")
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -365,7 +358,23 @@ def _check_value(key: str, name: str, value: Any) -> None:
             raise ValueError(f"{key} must be above 0, not {value}.")
 
 
-def _read_preset(preset: str) -> DictConfig:
+class _Loader(yaml.SafeLoader):
+    """YAML in which every value is the text that stands there: what kind it is, `Config` says, not its looks."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value if not key.tag.endswith(":merge")]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"{name!r} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
+def _read_preset(preset: str) -> dict:
     path = Path(preset)
     if path.suffix not in (".yaml", ".yml"):
         path = CONFIG_DIR / f"{preset}.yaml"
@@ -375,27 +384,45 @@ def _read_preset(preset: str) -> DictConfig:
             f"{', '.join(available_presets())}."
         )
     try:
-        content = OmegaConf.load(path)
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a valid YAML file: {_first_line(error)}.") from error
-    if not isinstance(content, DictConfig):
+    if not isinstance(content, dict | None):
         raise ValueError(f"{path} must hold sections with settings, such as 'data:', not a list.")
-    return content
+    return content or {}
 
 
-def _merge(base: DictConfig, extra: DictConfig, origin: str) -> DictConfig:
+def _read_override(override: str) -> dict:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"Override {override!r} is not key=value, such as train_tokenizer.lr=1e-3.")
+    value: Any = text
+    if _dotted_keys(Config).get(key, "").startswith("list"):
+        try:
+            value = yaml.load(text, Loader=_Loader) or []
+        except yaml.YAMLError as error:
+            raise ValueError(f"Override {override!r} cannot be read: {_first_line(error)}.") from error
+    return _nested({key: value})
+
+
+def _merge(base: DictConfig, extra: dict, origin: str) -> DictConfig:
     """`base` changed by `extra`; wrong keys and types become a `ValueError` that starts with `origin`."""
-    known = _dotted_keys(Config)
-    for key in _flatten(OmegaConf.to_container(extra, resolve=False)):
-        if _schema_key(key) not in known:
+    known, values = _dotted_keys(Config), flatten(extra)
+    for key, value in values.items():
+        kind = known.get(_schema_key(key))
+        if kind is None:
             raise ValueError(f"{origin} sets {key!r}, {_suggestion(key, known)}")
+        if kind == "str" and isinstance(value, str | None):
+            # Literal, so that OmegaConf sees no reference in "${...}".
+            values[key] = re.sub(r"(\\*)\$\{", r"\1\1\\${", value or "")
     try:
-        return OmegaConf.merge(base, extra)
+        return OmegaConf.merge(base, _nested(values))
     except OmegaConfBaseException as error:
-        kind = known.get(_schema_key(error.full_key or ""), "")
-        hint = f", in brackets: {error.full_key}=[a,b]" if kind.startswith("list") else ""
+        key = (error.full_key or "").partition("[")[0]  # of a list's item, the list's
+        kind = known.get(_schema_key(key), "")
+        hint = f", in brackets: {key}=[a,b]" if kind.startswith("list") else ""
         raise ValueError(
-            f"{origin} has a wrong value for {error.full_key}, which takes {kind}{hint} ({_first_line(error)})."
+            f"{origin} has a wrong value for {key}, which takes {kind}{hint} ({_first_line(error)})."
         ) from error
 
 
@@ -417,11 +444,24 @@ def _schema_key(key: str) -> str:
     return re.sub(r"^data\.mix\.[^.]+\.", "data.mix.NAME.", key)
 
 
-def _flatten(tree: dict, prefix: str = "") -> list[str]:
-    keys = []
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dicts by dotted key."""
+    flat = {}
     for name, value in tree.items():
-        keys += _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
-    return keys
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    """Values by dotted key as nested dicts."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return tree
 
 
 def _suggestion(key: str, known: dict[str, str]) -> str:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from train.config import Config, available_presets, check_config, config_to_dict, load_config, save_config
 
@@ -29,6 +31,58 @@ def test_overrides_are_typed_and_the_last_one_counts():
     assert config.data.augment == ["flip", "crop"]
     assert config.train_tokenizer.compile is True
     assert config.train_transformer.compile is False
+
+
+TEXTS = ["", "X/my #1 photos", "a: b", "[x]", "{x}", "007", "1e3", "1_000", "1.50", "0x10", "yes", "No", "null", "~",
+         "'q'", '"', "- a", "a=b", " b ", "${data.root}", "\\${x}", "1:30", "2001-01-01", "!!str x", "&a", "*a", "%",
+         "@", "`", "é\udcff"]  # fmt: skip
+
+
+def takes_literally(text: str, folder) -> None:
+    keys = ("name", "data.root", "data.train_split", "data.mix.more.label_column")
+    config = load_config("fashion-mnist-32", [f"{key}={text}" for key in keys] + ["data.mix.more.source=x"])
+    more = config.data.mix["more"]
+    assert config.name == config.data.root == config.data.train_split == text
+    assert more.label_column == more.train_split == text  # set, and followed
+    save_config(config, folder / "config.yaml")
+    assert load_config(str(folder / "config.yaml")) == config
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_taken_literally_and_survives_a_file(tmp_path, text):
+    takes_literally(text, tmp_path)
+
+
+@given(text=st.text(st.characters(exclude_characters="\0") | st.sampled_from("\\${}[]:#'"), max_size=30))
+@settings(deadline=None, max_examples=20)
+def test_any_text_is_taken_literally_and_survives_a_file(tmp_path_factory, text):
+    takes_literally(text, tmp_path_factory.getbasetemp())
+
+
+def test_text_in_a_file_needs_no_quotes_to_be_text(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: 007\ndata:\n  root: no\n  cache: 1e3\n  label_column: 1_000 # not 1000\n  class_names:\n"
+                    "  image_column: '${x}'\n  limit: 010\n")  # fmt: skip
+    config = load_config(str(path))
+    data = config.data
+    texts = (config.name, data.root, data.cache, data.label_column, data.class_names, data.image_column)
+    assert texts == ("007", "no", "1e3", "1_000", "", "${x}")
+    assert data.limit == 10  # as written, not in eights
+
+
+def test_numbers_and_lists_are_parsed():
+    overrides = ["data.limit=010", "train_tokenizer.steps=1_000", "train_tokenizer.lr=1e-3", "transformer.dropout=0",
+                 "tokenizer.codebook_sizes=[08, 16]", "data.augment=[]", "train_tokenizer.compile=Yes"]  # fmt: skip
+    config = load_config("fashion-mnist-32", overrides)
+    assert (config.data.limit, config.train_tokenizer.steps, config.train_tokenizer.lr) == (10, 1000, 1e-3)
+    assert config.tokenizer.codebook_sizes == [8, 16] and config.train_tokenizer.compile is True
+    assert config.data.augment == load_config("fashion-mnist-32", ["data.augment="]).data.augment == []
+
+
+def test_a_documented_default_comes_back_with_an_empty_value():
+    for key in ("class_names", "cache", "root"):
+        config = load_config("tiny-imagenet-64", [f"data.{key}=x", f"data.{key}="])
+        assert getattr(config.data, key) == getattr(Config().data, key) == ""
 
 
 def test_no_is_a_name_where_names_are_taken():
@@ -128,8 +182,12 @@ def test_wrong_key_names_the_right_one(override, suggestion):
         ("train_tokenizer.grad_accumulation=999", "does not divide train_tokenizer.batch_size="),
         ("tokenizer.image_size=64", "follow data.image_size"),
         ("train_tokenizer.lr", "is not key=value"),
-        ("name=[1", "cannot be read"),
-        ("name=${nowhere}", "'nowhere' not found"),
+        ("data.augment=[flip", "cannot be read"),
+        ("tokenizer.codebook_sizes=[8,many]", "tokenizer.codebook_sizes, which takes list[int]"),
+        ("train_tokenizer.steps=1.5e3", "train_tokenizer.steps, which takes int"),
+        ("data.limit=1:30", "data.limit, which takes int"),
+        ("data.limit=", "data.limit, which takes int"),
+        ("train_tokenizer.steps=${nowhere}", "'nowhere' not found"),
     ],
 )
 def test_wrong_value_is_one_sentence_that_names_the_key(override, named):
@@ -154,7 +212,13 @@ def test_unknown_preset_names_those_there_are():
 
 @pytest.mark.parametrize(
     ("content", "named"),
-    [("- 1\n", "sections"), ("data: {\n", "not a valid YAML"), ("dta:\n  limit: 3\n", "mean data.limit")],
+    [
+        ("- 1\n", "sections"),
+        ("data: {\n", "not a valid YAML"),
+        ("dta:\n  limit: 3\n", "mean data.limit"),
+        ("data:\n  limit: 3\n  limit: 4\n", "'limit' stands there twice"),
+        ("data:\n  limit:\n", "data.limit, which takes"),
+    ],
 )
 def test_wrong_preset_file_is_named(tmp_path, content, named):
     path = tmp_path / "mine.yaml"
