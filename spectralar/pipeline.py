@@ -17,13 +17,13 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 from torch import Tensor
 
-from .arguments import GenerationArguments, as_codes, prepare
-from .cuda_graphs import token_generator
-from .image import ImageInput, to_model_input
-from .labels import ClassLabels, LabelNames
-from .pipeline_output import OUTPUT_TYPES, Images, SpectralARPipelineOutput, SpectralARStep, as_output, to_output
-from .run_state import Runs
-from .streaming import FrameStream
+from .inference.cuda_graphs import token_generator
+from .inference.streaming import FrameStream
+from .interface.arguments import GenerationArguments, as_codes, prepare
+from .interface.image import ImageInput, to_model_input
+from .interface.labels import ClassLabels, LabelNames
+from .interface.outputs import OUTPUT_TYPES, Images, SpectralARPipelineOutput, SpectralARStep, as_output, to_output
+from .interface.run_state import Runs
 from .tokenizer import SpectralTokenizer
 from .transformer import SpectralARTransformer
 
@@ -186,9 +186,9 @@ class SpectralARPipeline(DiffusionPipeline):
             ValueError: if an argument is out of range; the message says what would be right.
         """
         run = prepare(
-            self, class_labels, num_images_per_prompt, guidance_scale, guidance_schedule, num_tokens, temperature,
-            top_k, top_p, prefix_codes, generator, output_type, callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
+            self.tokenizer, self.transformer, self._names, self._execution_device, self._callback_tensor_inputs,
+            class_labels, num_images_per_prompt, guidance_scale, guidance_schedule, num_tokens, temperature, top_k,
+            top_p, prefix_codes, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         try:
             for codes, _ in self._generate(run):  # noqa: B007
@@ -231,9 +231,9 @@ class SpectralARPipeline(DiffusionPipeline):
         if not isinstance(every, Integral) or every < 1:
             raise ValueError(f"every must be an integer of at least 1, got {every}.")
         run = prepare(
-            self, class_labels, num_images_per_prompt, guidance_scale, guidance_schedule, num_tokens, temperature,
-            top_k, top_p, prefix_codes, generator, output_type, callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
+            self.tokenizer, self.transformer, self._names, self._execution_device, self._callback_tensor_inputs,
+            class_labels, num_images_per_prompt, guidance_scale, guidance_schedule, num_tokens, temperature, top_k,
+            top_p, prefix_codes, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         return self._stream(run, every)
 
@@ -321,7 +321,7 @@ class SpectralARPipeline(DiffusionPipeline):
         """Codes (B, N) int64 of images of any size and kind: PIL, numpy, torch, or a list of these.
 
         They are turned upright, laid on white, made grey or RGB, centre-cropped and resized to the model's size;
-        `image.to_model_input` has the shapes and ranges of arrays.
+        `interface.image.to_model_input` has the shapes and ranges of arrays.
 
         Raises:
             ValueError: if an image cannot be read, or its shape, type or range is none of these.

@@ -10,7 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .compiled import CompiledStep
+from .inference.compiled import CompiledStep
 from .layers import AdaLNBlock, KVCache, adaln_step, init_weights, linear
 
 # The paper's model (310M parameters, 64 tokens, ImageNet-1K); the size is VAR-d16's (Tian et al., 2024).

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.helpers import tiny_tokenizer, tiny_transformer
-from train.train_tokenizer import nested_loss
-from train.train_transformer import next_token_loss
+from train.objectives.nested import nested_loss
+from train.objectives.next_token import next_token_loss
 
 
 def tokenizer_loss(model, forward, autocast):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from spectralar import SpectralARPipeline
-from spectralar.image import to_model_input
+from spectralar.interface.image import to_model_input
 from tests.helpers import record_steps, seed, sharing_weights, tiny_pipeline, tiny_tokenizer, tiny_transformer
 
 N = 12  # tokens of the tiny models, 16x16 images, 4 classes

@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers.callbacks import PipelineCallback
 
-from spectralar import SpectralARPipeline, streaming
+from spectralar import SpectralARPipeline
+from spectralar.inference import streaming
 from spectralar.tokenizer import PrefixDecoder
 from tests.helpers import record_steps, seed, sharing_weights, tiny_pipeline
 

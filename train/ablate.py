@@ -27,8 +27,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from .command_line import clear_errors
-from .config import Config, load_config
+from .configs.config import Config, load_config
+from .runs.command_line import clear_errors
 
 # Levels of finite scalars, by the number of codes: those of Mentzer et al. (2023), table 1, and one for 2048.
 FSQ_LEVELS = ([8, 6, 5], [8, 5, 5, 5], [8, 8, 6, 5], [7, 5, 5, 5, 5], [8, 8, 8, 6, 5], [8, 8, 8, 5, 5, 5])

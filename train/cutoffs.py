@@ -22,10 +22,10 @@ from tqdm import tqdm
 from spectralar.spectral import cutoff_schedule, data_cutoffs, dct2, gaussian_psnr
 from spectralar.tokenizer import SpectralTokenizer
 
-from .command_line import clear_errors, make_parser, parse_settings, read_mixed_split
-from .config import Config
-from .data import ImageSet, Prefetch, to_float
-from .report import table
+from .configs.config import Config
+from .data.images import ImageSet, Prefetch, to_float
+from .evaluation.report import table
+from .runs.command_line import clear_errors, make_parser, parse_settings, read_mixed_split
 
 IMAGES, BATCH = 20_000, 256  # a variance of so many images is known to one per cent
 

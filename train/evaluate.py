@@ -30,17 +30,15 @@ import torch
 from tqdm import tqdm
 
 from spectralar import SpectralARPipeline, __version__
-from spectralar.analysis import write_statistics
-from spectralar.labels import LabelNames
+from spectralar.analysis.statistics import write_statistics
+from spectralar.interface.labels import LabelNames
 
-from .codes import fingerprint
-from .command_line import clear_errors, read_split
-from .config import Config, load_config
-from .data import ImageSet
-from .engine import make_accelerator
-from .judges import JUDGES, Judge, make_judge
-from .losses import PERCEPTUAL_LOSSES, make_perceptual_loss
-from .measurements import (
+from .configs.config import Config, load_config
+from .data.codes import fingerprint
+from .data.images import ImageSet
+from .data.sources import list_images
+from .evaluation.judges import JUDGES, Judge, make_judge
+from .evaluation.measurements import (
     Evaluation,
     codebook_use,
     encode,
@@ -52,13 +50,15 @@ from .measurements import (
     reconstruct,
     references,
 )
-from .neighbours import Looked, find_neighbours
-from .pictures import draw_neighbours, draw_reconstructions, draw_samples
-from .processes import Team
-from .report import markdown
-from .report_figures import draw_charts
-from .report_page import page
-from .sources import list_images
+from .evaluation.neighbours import Looked, find_neighbours
+from .evaluation.pictures import draw_neighbours, draw_reconstructions, draw_samples
+from .evaluation.report import markdown
+from .evaluation.report_figures import draw_charts
+from .evaluation.report_page import page
+from .objectives.losses import PERCEPTUAL_LOSSES, make_perceptual_loss
+from .runs.command_line import clear_errors, read_split
+from .runs.engine import make_accelerator
+from .runs.processes import Team
 
 LEAST_IMAGES = 10  # neighbours have to be found among them
 DRY_IMAGES = 20

@@ -4,7 +4,7 @@
     python -m train.plan fashion-mnist-32 --gpus 1 --tflops 0.1 train_tokenizer.steps=20000
 
 Parameters are counted on the models themselves, built without storage; the rest is by formula: those of an image in
-train/costs.py, those of a step here.
+train/runs/costs.py, those of a step here.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.transformer import SpectralARTransformer
 
-from .command_line import make_parser, parse_settings
-from .config import Config, StageConfig
-from .costs import TokenizerCost, TransformerCost, extra_flops
-from .optimizers import Muon, make_optimizer
+from .configs.config import Config, StageConfig
+from .runs.command_line import make_parser, parse_settings
+from .runs.costs import TokenizerCost, TransformerCost, extra_flops
+from .runs.optimizers import Muon, make_optimizer
 
 
 class Device(NamedTuple):
@@ -231,7 +231,7 @@ def notes(
                 f"The {plan.name} does not fit a GPU with {DEVICES[args.gpu].memory} GiB: raise "
                 f"train_{plan.name}.grad_accumulation or set train_{plan.name}.gradient_checkpointing=true."
             )
-    yield "Not counted: communication, data, compilation, evaluation, samples. Formulas: train/costs.py and plan.py."
+    yield "Not counted: communication, data, compilation, evaluation, samples. Formulas: train/runs/costs.py, plan.py."
 
 
 # ------------------------------------------------------------------------------------------------ command line

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoints import publish
-from .classifier import Classifier, save_classifier
-from .command_line import clear_errors, parse_arguments, read_split
-from .config import Config
-from .data import ImageSet, augment, describe_classes, to_float
-from .engine import Run
-from .optimizers import make_optimizer
+from .configs.config import Config
+from .data.images import ImageSet, augment, describe_classes, to_float
+from .evaluation.classifier import Classifier, save_classifier
+from .runs.checkpoints import publish
+from .runs.command_line import clear_errors, parse_arguments, read_split
+from .runs.engine import Run
+from .runs.optimizers import make_optimizer
 
 EVAL_IMAGES, BATCH = 2048, 256
 

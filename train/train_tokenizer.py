@@ -9,7 +9,7 @@ The loss of a step, on a batch of images x with full prefix N and S sampled pref
     w_k = prefix_weight * min(largest_boost, H / r_k),   ||.||² = mean over pixels,
 
 and, where they are switched on, the perceptual distance of D_N and of one D_k with k >= N / 4, and an adversarial loss
-of D_N (`train.adversarial`), each at a weight that follows its gradient (`losses.GradientShare`).
+of D_N (`objectives.adversarial`), each at a weight that follows its gradient (`objectives.losses.GradientShare`).
 """
 
 from __future__ import annotations
@@ -22,47 +22,23 @@ import torch
 from torch import Tensor
 
 from spectralar.quantizer import CodebookRevival, VectorQuantizer, codebook_statistics
-from spectralar.spectral import low_pass, nested_targets
+from spectralar.spectral import nested_targets
 from spectralar.tokenizer import SpectralTokenizer
 
-from .adversarial import AdversarialTerm
-from .checkpoints import publish
-from .command_line import clear_errors, parse_arguments, read_mixed_split
-from .config import Config, TokenizerStage
-from .data import ImageSet, augment, describe_classes, to_float
-from .encode_dataset import load_tokenizer
-from .engine import Run, image_grid, make_ema
-from .losses import PerceptualTerm
-from .mixing import MixedImages
-from .order import evenly
+from .configs.config import Config, TokenizerStage
+from .data.encoding import load_tokenizer
+from .data.images import ImageSet, augment, describe_classes, to_float
+from .data.mixing import MixedImages
+from .data.order import evenly
+from .objectives.adversarial import AdversarialTerm
+from .objectives.losses import PerceptualTerm
+from .objectives.nested import nested_loss, sample_lengths
+from .runs.checkpoints import publish
+from .runs.command_line import clear_errors, parse_arguments, read_mixed_split
+from .runs.engine import Run, image_grid, make_ema
 
 REVIVAL_EVERY = 10  # steps between looks for dead codes: each look waits for the device
 EVAL_IMAGES, SHOWN_IMAGES = 1024, 10
-
-
-def sample_lengths(
-    batch: int, samples: int, num_tokens: int, generator: torch.Generator, law: str = "mixed"
-) -> Tensor:
-    """Prefix lengths (B, 1 + S): the full one first, then samples.
-
-    law: "uniform" on 1..N, "powers" = uniform on the powers of two up to N, "mixed" = one of the two, by half.
-    """
-    uniform = torch.randint(1, num_tokens + 1, (batch, samples), generator=generator)
-    powers = 2 ** torch.randint(0, num_tokens.bit_length(), (batch, samples), generator=generator)
-    pick = torch.rand(batch, samples, generator=generator) < {"uniform": 1.0, "mixed": 0.5, "powers": 0.0}[law]
-    sampled = torch.where(pick, uniform, powers.clamp(max=num_tokens))
-    return torch.cat([torch.full((batch, 1), num_tokens), sampled], dim=1)
-
-
-def nested_loss(
-    frames: Tensor, images: Tensor, lengths: Tensor, cutoffs: Tensor, weight: float = 0.5, largest_boost: float = 8.0
-) -> dict[str, Tensor]:
-    """Squared errors of frames (B, 1 + S, C, H, H) against the low-passes of images (B, C, H, H), weighted by w_k."""
-    frame_cutoffs = cutoffs[lengths]  # (B, 1 + S)
-    targets = low_pass(images.unsqueeze(1), frame_cutoffs)
-    error = (frames.float() - targets).square().mean(dim=(2, 3, 4))  # (B, 1 + S)
-    weights = weight * (images.shape[-1] / frame_cutoffs).clamp(max=largest_boost)
-    return {"full": error[:, 0].mean(), "prefix": (weights * error)[:, 1:].sum(dim=1).mean()}
 
 
 @torch.no_grad()

@@ -12,22 +12,22 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spectralar.pipeline import SpectralARPipeline
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.transformer import SpectralARTransformer
 
-from .checkpoints import publish
-from .codes import StoredCodes, fingerprint, read_shards
-from .command_line import clear_errors, parse_arguments, read_split
-from .config import Config
-from .data import ImageSet, augment, describe_classes, to_float
-from .early_stopping import EarlyStopping
-from .encode_dataset import encode_images, load_tokenizer, wanted_shards
-from .engine import Run, image_grid, make_ema
-from .order import balanced_order, evenly, step_indices
+from .configs.config import Config
+from .data.codes import StoredCodes, fingerprint, read_shards
+from .data.encoding import encode_images, load_tokenizer, wanted_shards
+from .data.images import ImageSet, augment, describe_classes, to_float
+from .data.order import balanced_order, evenly, step_indices
+from .objectives.next_token import next_token_loss, next_token_losses
+from .runs.checkpoints import publish
+from .runs.command_line import clear_errors, parse_arguments, read_split
+from .runs.early_stopping import EarlyStopping
+from .runs.engine import Run, image_grid, make_ema
 
 EVAL_IMAGES = 2048
 SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_GUIDANCE = 10, 8, 2.0
@@ -89,23 +89,6 @@ class CodeSource:
             images = to_float(augment(images, self.config.data.augment, run.generator(step, 0), slot, slots))
         with torch.no_grad():
             return self.tokenizer.encode(images), labels
-
-
-def next_token_loss(logits: Tensor, codes: Tensor) -> Tensor:
-    """Cross-entropy (N,) in nats at each position, averaged over images: logits (B, N, K), codes (B, N)."""
-    return F.cross_entropy(logits.float().mT, codes, reduction="none").mean(dim=0)
-
-
-@torch.no_grad()
-def evaluate(model: SpectralARTransformer, codes: Tensor, labels: Tensor, device: torch.device) -> Tensor:
-    """Next-token loss by position (N,), in nats, without dropout."""
-    model.eval()
-    total = torch.zeros(codes.shape[1], device=device)
-    for c, y in zip(codes.split(256), labels.split(256), strict=True):
-        c, y = c.to(device), y.to(device)
-        total += next_token_loss(model(c[:, :-1], y), c) * len(c)
-    model.train()
-    return total / len(codes)
 
 
 def summarise(by_position: Tensor, name: str) -> dict[str, float]:
@@ -199,7 +182,7 @@ def train(run: Run, config: Config) -> None:
         if measure or show:
             with run.averaged(transformer, ema, parameters) as measured:
                 if measure:
-                    seen, heldout = (evaluate(measured, *s, device) for s in (source.seen, source.heldout))
+                    seen, heldout = (next_token_losses(measured, *s, device) for s in (source.seen, source.heldout))
                     run.log(summarise(seen, "loss/seen") | summarise(heldout, "loss/heldout"), done)
                     run.print(f"step {done}: {compare(seen, heldout)}")
                     stopping.update(float(run.mean(heldout.mean())), list(measured.parameters()), done)

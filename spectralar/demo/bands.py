@@ -11,16 +11,11 @@ from gradio.processing_utils import save_bytes_to_cache
 from PIL import Image
 from torch import Tensor
 
-from .. import plots
-from ..analysis import (
-    Contributions,
-    code_marginals,
-    energy,
-    influence_steps,
-    token_contributions,
-)
-from ..chart import Chart
-from ..image import to_model_input
+from ..analysis import plots
+from ..analysis.chart import Chart
+from ..analysis.contributions import Contributions, energy, influence_steps, token_contributions
+from ..analysis.statistics import code_marginals
+from ..interface.image import to_model_input
 from ..spectral import band_energy, dct2, radial_power_spectrum
 from .errors import one_sentence, user_error
 from .figures import FORMATS, chart_bytes, figure, listen_to_saves, shown, tables

@@ -9,9 +9,10 @@ from typing import Any
 import gradio as gr
 import torch
 
-from .. import __version__, plots
-from ..analysis import code_use
-from ..chart import Chart
+from .. import __version__
+from ..analysis import plots
+from ..analysis.chart import Chart
+from ..analysis.statistics import code_use
 from ..spectral import dct2, low_pass, square_frequency
 from .figures import figure, listen_to_saves, tables
 from .folder import model_card, model_folder, model_statistics

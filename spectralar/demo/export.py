@@ -7,16 +7,13 @@ import io
 import json
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import numpy as np
 from gradio.processing_utils import save_bytes_to_cache
 from PIL import Image
 
 from .. import __version__
-
-if TYPE_CHECKING:
-    from .generate import Run
+from .runs import Run
 
 EXPORTS = {"png": "PNG sheet", "webp": "Animated WebP", "gif": "GIF", "json": "Codes (JSON)", "py": "Python code"}
 POSTED_SIDE = 256  # small pictures are enlarged to at least this, in whole steps

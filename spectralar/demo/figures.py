@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 
-from ..chart import LIGHT, Chart
+from ..analysis.chart import LIGHT, Chart
 from .errors import one_sentence, user_error
 
 _FOLDER = Path(__file__).parent

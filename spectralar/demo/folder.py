@@ -6,7 +6,7 @@ import base64
 import re
 from pathlib import Path
 
-from ..analysis import Statistics, read_statistics
+from ..analysis.statistics import Statistics, read_statistics
 from .model import Model
 
 CARD = "README.md"

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import plots
-from ..chart import Chart
+from ..analysis import plots
+from ..analysis.chart import Chart
 from ..spectral import low_pass
 from .model import Model, to_pixels
 from .scrubber import StripEncoder, scrubber_value

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..labels import LabelNames
+from ..inference.streaming import FrameStream
+from ..interface.labels import LabelNames
 from ..pipeline import SpectralARPipeline
-from ..streaming import FrameStream
 
 MAX_SEED = 2**31 - 1
 

@@ -10,8 +10,9 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from ..analysis import SSIM_WINDOW, prefix_bits, psnr, ssim
-from ..image import to_model_input
+from ..analysis.codecs import prefix_bits
+from ..analysis.quality import SSIM_WINDOW, psnr, ssim
+from ..interface.image import to_model_input
 from .errors import one_sentence, user_error, whole_number
 from .export import png_data_url
 from .links import Link, Linked

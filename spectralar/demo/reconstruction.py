@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..analysis import BASELINES, SSIM_WINDOW, baselines, prefix_bits, psnr, ssim, token_contributions
+from ..analysis.codecs import BASELINES, baselines, prefix_bits
+from ..analysis.contributions import token_contributions
+from ..analysis.quality import SSIM_WINDOW, psnr, ssim
 from ..spectral import dct2, nested_targets
 from .model import Model, to_pixels
 from .pictures import ERROR_GAIN, error_map, log_spectrum, own_gains, signed_map
@@ -38,7 +40,7 @@ class Reconstruction:
 
     @cached_property
     def coded(self) -> dict[str, list[Tensor | None]]:
-        """What plain codecs make of the image at the bits of each prefix length, see `analysis.baselines`."""
+        """What plain codecs make of the image at the bits of each prefix length, see `codecs.baselines`."""
         return baselines(self.image, self._bits) if self.unedited is None else self.unedited.coded
 
 

@@ -12,7 +12,7 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from ..image import to_model_input
+from ..interface.image import to_model_input
 from .errors import number, one_sentence, user_error, whole_number
 from .export import sheet
 from .figures import figure, listen_to_saves, shown

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..image import to_model_input
+from ..interface.image import to_model_input
 from .errors import one_sentence
 from .generate import QUIET, new_seed
 from .model import MAX_SEED, Model, on_gpu, to_pixels

@@ -11,10 +11,10 @@ import pytest
 import torch
 from gradio import networking
 
-from spectralar import streaming
 from spectralar.demo.model import Model
 from spectralar.demo.page import build, launch_options
 from spectralar.demo.runs import SECONDS_A_MESSAGE
+from spectralar.inference import streaming
 from tests.helpers import tiny_pipeline
 
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from spectralar.analysis import code_marginals, energy, influence_matrix, write_statistics
+from spectralar.analysis.contributions import energy, influence_matrix
+from spectralar.analysis.statistics import code_marginals, write_statistics
 from spectralar.demo.bands import FIGURES, INFLUENCE_DRAWS, INFLUENCE_IMAGES, MARGINAL_SAMPLES, Analysis, Influence
 from spectralar.demo.model import Model
 from spectralar.demo.source import Origins

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from spectralar.analysis import write_statistics
+from spectralar.analysis.statistics import write_statistics
 from spectralar.demo.card import charts, facts, mask_value
 from spectralar.demo.model import Model
 from spectralar.demo.page import TABS, build

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from spectralar import plots
-from spectralar.chart import DARK, LIGHT
+from spectralar.analysis import plots
+from spectralar.analysis.chart import DARK, LIGHT
 from spectralar.demo import figures
 from spectralar.demo.figures import FORMATS, PAGE_COLOURS, chart_bytes, shown, tables
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spectralar.analysis import write_statistics
+from spectralar.analysis.statistics import write_statistics
 from spectralar.demo.folder import model_card, model_folder, model_statistics
 from spectralar.demo.model import Model
 

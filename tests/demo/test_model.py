@@ -10,7 +10,7 @@ from PIL import Image
 
 from spectralar.demo.model import Model, best_device, find_models, to_pixels
 from spectralar.demo.page import build
-from spectralar.pipeline_output import to_output
+from spectralar.interface.outputs import to_output
 from tests.demo.conftest import tiny_model
 from tests.helpers import tiny_pipeline
 

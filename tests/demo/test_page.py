@@ -14,9 +14,9 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from spectralar.analysis import psnr
+from spectralar.analysis.quality import psnr
 from spectralar.demo.page import TABS, launch_options
-from spectralar.image import to_model_input
+from spectralar.interface.image import to_model_input
 from tests.demo.conftest import served
 
 

@@ -9,7 +9,7 @@ from PIL import ExifTags, Image
 
 from spectralar.demo import upload
 from spectralar.demo.upload import PhotoInput, crop_figure, open_photo
-from spectralar.image import preprocess_pil
+from spectralar.interface.image import preprocess_pil
 
 
 def gradient(width=40, height=20):

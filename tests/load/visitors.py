@@ -21,7 +21,7 @@ from PIL import Image
 from spectralar.demo.model import Model
 from spectralar.demo.runs import Settings
 from spectralar.demo.source import EXAMPLE_FILES, Origins
-from spectralar.image import to_model_input
+from spectralar.interface.image import to_model_input
 
 from .wire import FULL, Page, RefusedError, Session, result_of
 

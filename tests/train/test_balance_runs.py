@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from tests.train.conftest import PRESET, STAGE
-from tests.train.runs import assert_same_run, assert_same_up_to_rounding, logged, stop_at
+from tests.train.run_folders import assert_same_run, assert_same_up_to_rounding, logged, stop_at
 
 SETTINGS = ["data.class_balance=even", "transformer.dropout=0", "train_tokenizer.log_every=1",
             "train_transformer.log_every=1"]  # fmt: skip

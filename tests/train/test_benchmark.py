@@ -202,7 +202,7 @@ def test_the_suite_runs_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(program, "REPEATS", 1)
     monkeypatch.setattr(suite, "fast_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(sampling, "has_compiler", lambda: True)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # minutes: tests/test_compiled.py does one
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes minutes: inference/test_compiled.py
     monkeypatch.setattr(benchmark, "Suite", lambda device, clock, **_: Suite(device, True, TOY, TOY_LARGE, 0.0, clock))
     monkeypatch.setattr(benchmark, "DEVICES", ("cpu",))
     output = tmp_path / "reports" / "benchmark.json"

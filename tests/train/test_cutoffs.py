@@ -6,9 +6,9 @@ import yaml
 from PIL import Image
 
 from spectralar.spectral import data_cutoffs, gaussian_psnr, idct2
-from train.config import load_config
+from train.configs.config import load_config
 from train.cutoffs import dct_variances, main
-from train.data import ImageSet, load_images, to_float
+from train.data.images import ImageSet, load_images, to_float
 
 
 def image_set(pixels: torch.Tensor) -> ImageSet:

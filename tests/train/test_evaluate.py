@@ -11,21 +11,21 @@ import yaml
 from PIL import Image
 
 from spectralar import SpectralARPipeline
-from spectralar.analysis import psnr, ssim
-from spectralar.chart import LIGHT
+from spectralar.analysis.chart import LIGHT
+from spectralar.analysis.quality import psnr, ssim
 from spectralar.spectral import nested_targets
 from tests.helpers import tiny_pipeline
 from train import evaluate as program
-from train import pictures
-from train import sample_bank as bank
-from train.classifier import Classifier, load_classifier, save_classifier
-from train.config import load_config
-from train.data import load_images, to_float
-from train.engine import make_accelerator
+from train.configs.config import load_config
+from train.data.images import load_images, to_float
 from train.evaluate import main
-from train.judges import ClassifierJudge, Judged, compare
-from train.metrics import frechet_distance, inception_score, manifold_metrics
-from train.processes import Team
+from train.evaluation import pictures
+from train.evaluation import sample_bank as bank
+from train.evaluation.classifier import Classifier, load_classifier, save_classifier
+from train.evaluation.judges import ClassifierJudge, Judged, compare
+from train.evaluation.metrics import frechet_distance, inception_score, manifold_metrics
+from train.runs.engine import make_accelerator
+from train.runs.processes import Team
 
 CLASSES = ["bag", "boot", "shirt", "sneaker"]
 SAMPLES, MANY, SCALES = 22, 40, [1.0, 2.5]

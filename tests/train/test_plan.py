@@ -7,16 +7,16 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from spectralar import SpectralARTransformer, SpectralTokenizer, spectral
 from spectralar.tokenizer import encoder_mask
-from train.adversarial import PatchDiscriminator
 from train.benchmark.measure import count_flops
-from train.config import load_config
-from train.costs import PERCEPTUAL_FLOPS, extra_flops
-from train.engine import make_ema
-from train.losses import make_perceptual_loss
-from train.optimizers import make_optimizer
+from train.configs.config import load_config
+from train.objectives.adversarial import PatchDiscriminator
+from train.objectives.losses import make_perceptual_loss
+from train.objectives.nested import nested_loss
+from train.objectives.next_token import next_token_loss
 from train.plan import main, make_models, plan_stages
-from train.train_tokenizer import nested_loss
-from train.train_transformer import next_token_loss
+from train.runs.costs import PERCEPTUAL_FLOPS, extra_flops
+from train.runs.engine import make_ema
+from train.runs.optimizers import make_optimizer
 
 # The presets with fewer layers, which the formulas know as a number: counting takes seconds, not minutes.
 SHORT = ["tokenizer.encoder_layers=3", "tokenizer.decoder_layers=2", "transformer.num_layers=2"]

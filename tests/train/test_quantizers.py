@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spectralar import SpectralTokenizer
-from tests.train.runs import assert_same_run, metrics, training_state
+from tests.train.run_folders import assert_same_run, metrics, training_state
 
 GRID = ["tokenizer.fsq_levels=[4,4,3]", "tokenizer.codebook_size=48", "tokenizer.codebook_dim=3"]
 SETTINGS = [f"train_tokenizer.{key}" for key in ("steps=8", "checkpoint_every=2", "log_every=2")]

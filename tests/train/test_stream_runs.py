@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from tests.train.conftest import PRESET
-from tests.train.runs import assert_same_run, assert_same_up_to_rounding, stop_at
-from tests.train.test_streams import SHARDS, WINDOW, N, wait_until, write_shard
+from tests.train.data.test_streams import SHARDS, WINDOW, N, wait_until, write_shard
+from tests.train.run_folders import assert_same_run, assert_same_up_to_rounding, stop_at
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from spectralar import SpectralARPipeline, SpectralTokenizer
-from tests.train.runs import (
-    STAGES,
-    assert_same_run,
-    metrics,
-    newest_checkpoint,
-    newest_step,
-    stop_at,
-    wait_for,
-)
-from train.hardware import cpu_has_bfloat16
+from tests.train.run_folders import STAGES, assert_same_run, metrics, newest_checkpoint, newest_step, stop_at, wait_for
+from train.runs.hardware import cpu_has_bfloat16
 
 STEPS = 24
 

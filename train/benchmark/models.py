@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectralar import SpectralARPipeline, SpectralARTransformer, SpectralTokenizer
-from spectralar.generation import TokenGenerator
+from spectralar.inference.generation import TokenGenerator
 from spectralar.layers import KVCache
 from spectralar.sampling import guide, sample_tokens
 from spectralar.transformer import PRESETS
 
-from ..config import load_config
+from ..configs.config import load_config
 
 GUIDANCE = 2.0
 NEXT_SCALE_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # VAR's schedule at 256x256: squared, 680 tokens in 10 steps

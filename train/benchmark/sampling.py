@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
-from spectralar.compiled import has_compiler
+from spectralar.inference.compiled import has_compiler
 
 from .measure import Result, count_flops, faster, medians, rate, share
 from .models import (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..hardware import fast_dtype
+from ..runs.hardware import fast_dtype
 from .measure import Machine, Result, interleave, not_measured
 from .models import Models, Shape, d16, embedded
 

@@ -9,11 +9,11 @@ import torch
 
 from spectralar import SpectralARTransformer, SpectralTokenizer
 
-from ..config import StageConfig, TokenizerStage, TransformerStage, load_config
-from ..engine import make_ema
-from ..optimizers import make_optimizer
-from ..train_tokenizer import nested_loss, sample_lengths
-from ..train_transformer import next_token_loss
+from ..configs.config import StageConfig, TokenizerStage, TransformerStage, load_config
+from ..objectives.nested import nested_loss, sample_lengths
+from ..objectives.next_token import next_token_loss
+from ..runs.engine import make_ema
+from ..runs.optimizers import make_optimizer
 from .measure import Result, count_flops, medians, rate
 from .models import Shape, sizes
 from .suite import Figure, Suite

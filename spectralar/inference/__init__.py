@@ -1,0 +1,5 @@
+"""How tokens are sampled and frames decoded fast: the token loop, CUDA graphs, the compiled step, streaming.
+
+May import the models and what they stand on; `compiled` alone stands below the transformer, and imports only `layers`.
+Nothing here changes what is computed.
+"""
