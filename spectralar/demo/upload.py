@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 import PIL.Image
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from ..image import to_8_bit
 from .errors import user_error
 
 MAX_FILE_MB = 40
@@ -110,7 +110,6 @@ def crop_figure(photo: Image.Image, image_size: int, channels: int) -> str:
 def _preview(image: Image.Image) -> Image.Image:
     """Any image in RGB on white, at most 320 pixels a side."""
     if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits
-        pixels = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray((255 * pixels / max(float(pixels.max()), 1e-6)).clip(0, 255).astype(np.uint8))
+        image = to_8_bit(image)
     image = ImageOps.contain(image.convert("RGBA"), (320, 320))
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

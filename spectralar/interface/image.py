@@ -17,17 +17,24 @@ from torch import Tensor
 ImageInput = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as PIL has it
-ROUNDING = 1e-3  # how far float images may lie outside [0, 1]
+ROUNDING = 1e-3  # how far float images may lie outside [0, 1], or the same share of another range
+# A picture that does not reach this share of a wider range is not taken to be in it: one value above 1 or 255 would
+# make all others black.
+LEAST_REACH = 1 / 16
 
 
 def preprocess_pil(image: Image.Image, size: int, channels: int) -> np.ndarray:
     """Any PIL image as uint8 (channels, size, size), channels 1 (grey) or 3 (RGB).
 
     Grey of more than 8 bits is scaled to 8, not clipped; of several frames the current one is taken.
+
+    Raises:
+        ValueError: if the numbers of mode "F" are neither in [0, 1] nor in 0..255, those of "I" neither in 0..255 nor
+            in 0..65535, or it cannot be told which; the message names the range found.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bit(image)
+        image = to_8_bit(image)
     if image.mode in ("La", "LAB"):  # PIL converts these to few others
         image = image.convert("LA" if image.mode == "La" else "RGB")
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -46,7 +53,7 @@ def to_model_input(images: ImageInput, size: int, channels: int) -> Tensor:
 
     Args:
         images: one of these, or a list of any of them; sizes and kinds may differ:
-            a PIL image of any mode;
+            a PIL image of any mode, "F" in [0, 1] or 0..255, "I" in 0..255 or 0..65535;
             a numpy array (B, H, W, C), (H, W, C) or (H, W);
             a torch tensor (B, C, H, W) or (C, H, W), which keeps its device.
             C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA). Numbers are uint8 in 0..255, uint16 in 0..65535 or
@@ -70,7 +77,7 @@ def to_model_input(images: ImageInput, size: int, channels: int) -> Tensor:
     if x.dtype == torch.uint8:
         planes = x.cpu().permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
         pil = [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in planes]
-        return _from_uint8(np.stack([preprocess_pil(image, size, channels) for image in pil])).to(x.device)
+        return _from_uint8(np.stack([_decoded(image, size, channels) for image in pil])).to(x.device)
     if x.dtype == torch.uint16:
         x = x.to(torch.float32) / 65535
     return _preprocess_floats(x, size, channels) * 2 - 1
@@ -81,6 +88,9 @@ def _decoded(image: Image.Image, size: int, channels: int) -> np.ndarray:
         raise ValueError("an image has no pixels.")
     try:
         return preprocess_pil(image, size, channels)
+    except Image.DecompressionBombError as error:
+        size = f"{image.width} x {image.height}"
+        raise ValueError(f"an image of {size} pixels is too large: make it smaller first.") from error
     except (OSError, SyntaxError) as error:  # PIL decodes when the pixels are first asked for
         raise ValueError(f"an image cannot be decoded: {error}.") from error
 
@@ -92,12 +102,15 @@ def _from_uint8(pixels: np.ndarray) -> Tensor:
 
 def _channels_first(images: np.ndarray | Tensor) -> Tensor:
     """Either layout as (B, C, H, W), the same numbers: float, uint8 or uint16."""
+    if isinstance(images, np.ma.MaskedArray):
+        raise ValueError("images must not be masked arrays: fill what is masked, as with `images.filled(0)`.")
     dtype = str(images.dtype).removeprefix("torch.")
     if dtype not in ("uint8", "uint16") and "float" not in dtype:
         raise ValueError(f"pixels must be uint8 in 0..255, uint16 in 0..65535 or floats in [0, 1], got {dtype}.")
     if isinstance(images, Tensor):
         layouts = "torch images must have shape (B, C, H, W) or (C, H, W)"
         x = images.detach()
+        x = x.float() if x.is_floating_point() and x.itemsize == 1 else x  # there is no arithmetic in 8 bits
     else:
         layouts = "numpy images must have shape (B, H, W, C), (H, W, C) or (H, W)"
         x = torch.from_numpy(images.astype(np.float32) if "float" in dtype else images.copy())
@@ -141,12 +154,24 @@ def _centre_square(width: int, height: int) -> tuple[int, int, int, int]:
     return left, top, left + side, top + side
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float grey as "L". PIL itself would clip instead of scaling."""
-    pixels = np.asarray(image).astype(np.float32)
-    top = pixels.max(initial=0)
-    if image.mode == "F":
-        scale = 255.0 if top <= 1 else 1.0
-    else:  # mode "I" is wide, but holds whatever the file had
-        scale = 1 / 257 if image.mode != "I" or top > 255 else 1.0
-    return Image.fromarray((pixels * scale).round().clip(0, 255).astype(np.uint8))
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float grey as "L"; PIL itself would clip instead of scaling. Raises as `preprocess_pil`."""
+    pixels = np.asarray(image).astype(np.float64)  # holds 32-bit integers
+    white = 65535 if image.mode.startswith("I;") else _white(image.mode, pixels)
+    return Image.fromarray((pixels * (255 / white)).round().clip(0, 255).astype(np.uint8))
+
+
+def _white(mode: str, pixels: np.ndarray) -> int:
+    """The number that stands for white in an image of mode "I" or "F": modes that do not say so."""
+    low, high = float(pixels.min()), float(pixels.max())  # both are NaN if any pixel is
+    narrow, wide = (1, 255) if mode == "F" else (255, 65535)
+    rounding = ROUNDING if mode == "F" else 0
+    if -rounding * narrow <= low and high <= narrow * (1 + rounding):
+        return narrow
+    inside = -rounding * wide <= low and high <= wide * (1 + rounding)
+    if inside and (high >= LEAST_REACH * wide or (mode == "F" and np.array_equal(pixels, pixels.round()))):
+        return wide
+    raise ValueError(
+        f"a PIL image of mode {mode} must lie in 0..{narrow} or, and then reach {LEAST_REACH * wide:.0f} at least, "
+        f"in 0..{wide}; this one reaches from {low:.4g} to {high:.4g}."
+    )

@@ -66,6 +66,72 @@ def test_16_bit_files_are_scaled_not_clipped():
     assert np.array_equal(preprocess_pil(file, 8, 1)[0], ramp)
 
 
+def ranged(low: float, high: float, dtype=np.float32) -> Image.Image:
+    """An 8x8 ramp from `low` to `high`, as mode "F" or "I"."""
+    return Image.fromarray(np.linspace(low, high, 64).reshape(8, 8).astype(dtype))
+
+
+RAMP = np.linspace(0, 255, 64).reshape(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (ranged(0, 1), RAMP),
+        (ranged(-0.0009, 1.0009), RAMP),  # rounding
+        (ranged(0.2, 0.4), 51 + RAMP / 5),  # as it is, not stretched
+        (ranged(0, 255), RAMP),
+        (ranged(-0.2, 255.2), RAMP),
+        (ranged(20, 50), 20 + RAMP * 30 / 255),
+        (Image.fromarray(np.full((8, 8), 3, np.uint8)).convert("F"), np.full((8, 8), 3)),  # dark, but whole numbers
+        (ranged(0, 255, np.int32), RAMP),
+        (ranged(0, 3, np.int32), RAMP // 85),
+        (ranged(0, 65535, np.int32), RAMP),
+        (ranged(4096, 8192, np.int32), (4096 + RAMP * 4096 / 255) / 257),
+        (ranged(0, 200, np.uint16), np.zeros((8, 8))),  # the mode says 16 bits
+    ],
+)
+def test_ranges_of_grey_beyond_8_bits(image, expected):
+    assert np.abs(preprocess_pil(image, 8, 1)[0] - expected).max() <= 1
+    assert np.array_equal(to_model_input(image, 8, 3)[0, 0], to_model_input(image, 8, 1)[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        (ranged(-0.012, 1.012), "mode F .* from -0.012 to 1.012"),  # as a Lanczos filter leaves them
+        (ranged(0, 1.5), "from 0 to 1.5"),
+        (ranged(0, 15.5), "from 0 to 15.5"),
+        (ranged(-1, 1), "from -1 to 1"),
+        (ranged(0, 65535), "from 0 to 6.554e"),
+        (ranged(-5, 250), "from -5 to 250"),
+        (ranged(-1, 255, np.int32), "mode I .* from -1 to 255"),
+        (ranged(0, 256, np.int32), "from 0 to 256"),
+        (ranged(0, 65536, np.int32), "from 0 to 6.554e"),
+        (ranged(-70000, -1, np.int32), "from -7e\\+04 to -1"),
+    ],
+)
+def test_other_ranges_are_told(image, found):
+    for call in (preprocess_pil, to_model_input):
+        with pytest.raises(ValueError, match=found):
+            call(image, 8, 1)
+
+
+@pytest.mark.parametrize("value", [1.01, 7.0, np.nan, np.inf, -np.inf, -0.01])
+def test_one_pixel_does_not_make_the_others_black(value):
+    pixels = np.random.default_rng(0).random((8, 8), np.float32)
+    pixels[3, 4] = value
+    with pytest.raises(ValueError, match="a PIL image of mode F must lie in 0..1 or"):
+        to_model_input(Image.fromarray(pixels), 8, 1)
+
+
+def test_images_of_too_many_pixels_are_told(monkeypatch, pixels):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # Pillow refuses twice as many
+    for image in (Image.fromarray(pixels), pixels):
+        with pytest.raises(ValueError, match="an image of 12 x 20 pixels is too large"):
+            to_model_input(image, 8, 1)
+
+
 # All kinds of input ---------------------------------------------------------------------------------------
 
 
@@ -96,6 +162,8 @@ def test_floats_of_the_right_size_stay_as_they_are():
     assert torch.equal(to_model_input(x, 8, 1), x * 2 - 1)
     assert torch.equal(to_model_input(x[:, 0].unsqueeze(-1).numpy(), 8, 3), (x * 2 - 1).expand(-1, 3, -1, -1))
     assert to_model_input(x.bfloat16(), 8, 1).dtype == torch.float32
+    eighths = ((8 * x).round() / 8).to(torch.float8_e4m3fn)
+    assert torch.equal(to_model_input(eighths, 8, 1), eighths.float() * 2 - 1)
 
 
 def test_rounding_beyond_the_range_is_clamped():
@@ -140,6 +208,9 @@ def test_kinds_and_sizes_mix_in_a_list(pixels):
         (torch.zeros(1, 8, 8, dtype=torch.int64), "uint8 in 0..255, uint16 in 0..65535 or floats .* got int64"),
         (np.zeros((8, 8), bool), "got bool"),
         (np.zeros((8, 8), object), "got object"),
+        (np.zeros((8, 8), complex), "got complex128"),
+        (np.ma.masked_less(np.zeros((8, 8)), 1), "must not be masked arrays"),
+        ([np.ma.zeros((8, 8), np.uint8)], "must not be masked arrays"),
         (torch.full((1, 8, 8), 255.0), "from 255 to 255: divide by 255"),
         (torch.linspace(-1, 1, 64).view(1, 8, 8), r"from -1 to 1: .* take x / 2 \+ 0.5"),
         (torch.full((1, 8, 8), torch.nan), "from nan to nan"),

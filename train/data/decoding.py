@@ -34,7 +34,7 @@ from spectralar.interface.image import preprocess_pil
 from ..configs.config import DataConfig
 from .listing import Listing
 
-PREPROCESSING = 1  # to be raised when `preprocess_pil` or the layout of a pack changes: older packs are made anew
+PREPROCESSING = 2  # to be raised when `preprocess_pil` or the layout of a pack changes: older packs are made anew
 # Settings that make no difference to a pack. What the source holds is told by its version, not by where it is.
 IRRELEVANT = ("source", "root", "class_balance", "augment", "class_names", "cache", "decode", "window", "mix")
 MAX_THREADS = 16  # decoding; more only wait for Python's lock
