@@ -12,7 +12,7 @@ import gradio as gr
 import PIL.Image
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from ..image import to_8_bit
+from ..interface.image import to_8_bit
 from .errors import user_error
 
 MAX_FILE_MB = 40
