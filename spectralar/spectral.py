@@ -74,7 +74,7 @@ def idct2(spectrum: Tensor) -> Tensor:
 
 
 def cutoff_schedule(image_size: int, num_tokens: int, alpha: float = 1.5) -> tuple[int, ...]:
-    """Cutoffs (r_1, ..., r_N) of the N prefixes, DESIGN section 2.
+    """Cutoffs (r_1, ..., r_N) of the N prefixes, docs/design.md#cutoffs.
 
     r_k = min(H, max(1, round(H * (k / N) ** alpha))). alpha > 1 spends more tokens on the low frequencies (the
     paper's non-uniform token-frequency mapping); alpha = 0.5 opens about equally many coefficients a token;

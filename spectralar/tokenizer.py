@@ -48,7 +48,7 @@ def _join(of_masks: Tensor, of_tokens: Tensor, frames: int) -> Tensor:
 
 
 class SpectralTokenizer(ModelMixin, ConfigMixin):
-    r"""Nested spectral tokenizer (SpectralAR, arXiv 2506.10962; DESIGN section 3).
+    r"""Nested spectral tokenizer (SpectralAR, arXiv 2506.10962; docs/design.md#tokenizer).
 
     The encoder is a ViT over [P patches | n learned queries], the quantizer a cosine codebook, the decoder a ViT
     over [P mask tokens | k spectral tokens]. Spectral tokens are causal in both, so token k depends on no later

@@ -1,4 +1,6 @@
-"""Makes the README's pictures from the page as it is, with the embedded model: python -m tests.screenshots
+"""Makes the pictures of the README and of docs from the page as it is, with the embedded model.
+
+    python -m tests.screenshots
 
 Writes to assets/figures: TAB-light.webp, TAB-dark.webp and TAB-phone.webp of each tab after its first example, and
 generation.gif, the animation that the page offers for download. Seeds are fixed, nothing is chosen.

@@ -3,7 +3,7 @@
     python -m train.train_tokenizer fashion-mnist-32
     accelerate launch -m train.train_tokenizer tiny-imagenet-64 train_tokenizer.batch_size=512
 
-The loss of a step, on a batch of images x with full prefix N and S sampled prefix lengths k (DESIGN section 7):
+The loss of a step, on a batch of images x with full prefix N and S sampled prefix lengths k (docs/design.md#losses):
 
     L = ||D_N - x||² + sum_k w_k ||D_k - x_k||² + quantizer_weight (codebook + commitment * commitment),
     w_k = prefix_weight * min(largest_boost, H / r_k),   ||.||² = mean over pixels,

@@ -16,7 +16,7 @@ from ..tokenizer import SpectralTokenizer
 
 
 class Contributions(NamedTuple):
-    """delta_k = D_k - D_(k-1) in its two parts, D_0 = 0 (DESIGN section 2)."""
+    """delta_k = D_k - D_(k-1) in its two parts, D_0 = 0 (docs/design.md#contributions)."""
 
     frames: Tensor  # (B, N, C, H, H), the decoded prefixes D_k
     refinement: Tensor  # (B, N, C, H, H), M_(k-1) * delta_k: in bands that were already open
@@ -54,7 +54,7 @@ def influence_steps(
     """Rows of the influence matrix, one token at a time, so that a caller can show progress or stop.
 
     Row k is the mean energy, by radial frequency, of D_k with the true code minus D_k with a code drawn from the
-    marginal distribution of position k (the counterfactual of DESIGN section 2): what the token carries.
+    marginal distribution of position k (the counterfactual of docs/design.md#influence): what the token carries.
 
     Args:
         tokenizer: the tokenizer.

@@ -130,9 +130,9 @@ def test_endpoints_are_named_typed_and_documented(client):
     parameters = {p["parameter_name"]: p for p in endpoints["/generate"]["parameters"]}
     assert parameters["seed"]["python_type"]["type"] == "int" and parameters["seed"]["parameter_default"] == 0
     assert all(endpoint["description"] for endpoint in endpoints.values())
-    # The README's table lists them all with their parameters, and none of the page's own handlers is among them.
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(/\w+)` \| ([^|]*) \|", readme, flags=re.MULTILINE))
+    # docs/page.md lists them all with their parameters, and none of the page's own handlers is among them.
+    page = (Path(__file__).parents[2] / "docs" / "page.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(/\w+)` \| ([^|]*) \|", page, flags=re.MULTILINE))
     listed = {name: re.findall(r"`(\w+)`", row) for name, row in rows.items()}
     assert listed == {name: [p["parameter_name"] for p in e["parameters"]] for name, e in endpoints.items()}
 
