@@ -36,6 +36,7 @@ from spectralar.interface.labels import LabelNames
 from .configs.config import Config, load_config
 from .data.codes import fingerprint
 from .data.images import ImageSet
+from .data.order import in_proportion
 from .data.sources import list_images
 from .evaluation.judges import JUDGES, Judge, make_judge
 from .evaluation.measurements import (
@@ -45,6 +46,7 @@ from .evaluation.measurements import (
     entropy_by_position,
     measure_samples,
     next_token_loss,
+    other_source,
     perceptual_distances,
     prefix_quality,
     reconstruct,
@@ -56,7 +58,7 @@ from .evaluation.report import markdown
 from .evaluation.report_figures import draw_charts
 from .evaluation.report_page import page
 from .objectives.losses import PERCEPTUAL_LOSSES, make_perceptual_loss
-from .runs.command_line import clear_errors, read_split
+from .runs.command_line import clear_errors, read_mixed_split, read_split
 from .runs.engine import make_accelerator
 from .runs.processes import Team
 
@@ -64,7 +66,9 @@ LEAST_IMAGES = 10  # neighbours have to be found among them
 DRY_IMAGES = 20
 
 
-def evaluate(args: argparse.Namespace, run: Evaluation, train: ImageSet, results: dict[str, Any]) -> None:
+def evaluate(
+    args: argparse.Namespace, run: Evaluation, train: ImageSet, others: dict[str, ImageSet], results: dict[str, Any]
+) -> None:
     """Fills `results`; the order is that of the report."""
     with timed(run, results, "encoding"):
         codes, train_codes = encode(run, run.images), encode(run, train.images)
@@ -74,6 +78,9 @@ def evaluate(args: argparse.Namespace, run: Evaluation, train: ImageSet, results
         results["codebook"] = codebook_use(run, codes)
     with timed(run, results, "prefixes"):
         results["prefixes"], low_pass = prefix_quality(run, codes)
+    for name, images in others.items():
+        with timed(run, results, f"reconstruction of {name}"):
+            results["other_sources"][name] |= other_source(run, images.images, min(args.prefix_images, len(images)))
     if run.perceptual is not None:
         with timed(run, results, "perceptual distances"):
             results["perceptual"] |= perceptual_distances(run, codes)
@@ -89,7 +96,7 @@ def evaluate(args: argparse.Namespace, run: Evaluation, train: ImageSet, results
     results["samples"], bank, samples = [], {}, {}
     for scale in args.guidance_scales:
         with timed(run, results, f"samples at guidance scale {scale:g}"):
-            measured, bank[scale], samples[scale] = measure_samples(run, args.samples, scale, real, low_pass, args.npz)
+            measured, bank[scale], samples[scale] = measure_samples(run, scale, real, low_pass, args.npz)
             results["samples"].append(measured)
     first = next(iter(run.judges))
     best = min(results["samples"], key=lambda s: s["judged"][first]["fd"])["guidance_scale"]
@@ -101,9 +108,11 @@ def evaluate(args: argparse.Namespace, run: Evaluation, train: ImageSet, results
             samples[best].first(args.neighbours), Looked(run.images, real).first(args.neighbours),
             rebuilt.first(args.neighbours), Looked(train.images, seen),
         )  # fmt: skip
-        draw_neighbours(run.pipe.class_names, run.folder, samples[best].pixels, train.images, places)
+        draw_neighbours(
+            run.pipe.class_names, run.folder, samples[best].pixels, run.sample_labels, train.images, places
+        )
     with timed(run, results, "figures"):
-        draw_samples(run.pipe, run.folder, bank, best, run.shown_lengths)
+        draw_samples(run.pipe, run.folder, bank, run.sample_labels, best, run.shown_lengths)
         draw_reconstructions(run.pipe, run.folder, run.images, run.labels, codes, run.shown_lengths)
         draw_charts(results, run.folder / "figures")
 
@@ -195,6 +204,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Config]
     add("--output", type=Path, metavar="FOLDER", help="of the results (default: evaluation, beside the model)")
     add("--samples", type=_count, default=5000, metavar="N", help="at each guidance scale (default: %(default)s)")
     add("--images", type=_count, default=10000, metavar="N", help="held out, and of training (default: %(default)s)")
+    add("--classes", choices=["heldout", "even"], default="heldout",
+        help="of the samples: in the proportions of the held-out images, which they are held against, or all equally "
+        "often (default: heldout)")  # fmt: skip
     add("--prefix-images", type=_count, default=2000, metavar="N",
         help="images, and samples, to measure at several prefix lengths (default: %(default)s)")  # fmt: skip
     add(
@@ -262,6 +274,10 @@ def conditions(args: argparse.Namespace, config: Config, run: Evaluation, argv: 
         },
         "data": {
             "source": config.data.source, "train": config.data.train_split, "heldout": config.data.eval_split,
+            "sampled_classes": args.classes,
+        },
+        "other_sources": {
+            name: {"source": other.source, "heldout": other.eval_split} for name, other in config.data.mixed().items()
         },
         "command": "python -m train.evaluate " + shlex.join(sys.argv[1:] if argv is None else argv),
         "seed": args.seed, "device": device, "threads": args.threads, "processes": run.team.size,
@@ -277,7 +293,12 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     with clear_errors():
         team = Team(make_accelerator())
-        heldout = random_images(read_split(config, "eval"), args.images, args.seed)
+        splits = read_mixed_split(config, "eval")
+        others = {name: random_images(split, args.images, args.seed) for name, split in splits.items()}
+        heldout = others.pop("")
+        counts = splits[""].labels.bincount(minlength=len(heldout.class_names))
+        if args.classes == "even":
+            counts.fill_(1)
         judges = make_judges(args, config, team.device)
         pipe = SpectralARPipeline.from_pretrained(args.model).to(team.device)
         pipe.set_progress_bar_config(disable=True)
@@ -285,6 +306,7 @@ def main(argv: list[str] | None = None) -> None:
         train = random_images(read_split(config, "train"), args.images, args.seed)
         run = Evaluation(
             pipe, judges, make_perceptual(args.perceptual, team.device), heldout.images, heldout.labels,
+            sample_labels=in_proportion(counts, args.samples),
             prefix_images=min(args.prefix_images, len(heldout)),
             manifold_images=min(args.samples, len(heldout), len(train)),
             seed=args.seed, folder=args.output, team=team,
@@ -292,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         results = conditions(args, config, run, argv)
         with output_folder(args, team) as run.folder:
             (run.folder / "figures").mkdir(parents=True, exist_ok=True)
-            evaluate(args, run, train, results)
+            evaluate(args, run, train, others, results)
             if team.is_main:
                 write_report(results, run.folder)
         if team.is_main:

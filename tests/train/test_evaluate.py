@@ -3,12 +3,14 @@
 import base64
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from spectralar import SpectralARPipeline
 from spectralar.analysis.chart import LIGHT
@@ -24,6 +26,7 @@ from train.evaluation import sample_bank as bank
 from train.evaluation.classifier import Classifier, load_classifier, save_classifier
 from train.evaluation.judges import ClassifierJudge, Judged, compare
 from train.evaluation.metrics import frechet_distance, inception_score, manifold_metrics
+from train.evaluation.report import markdown
 from train.runs.engine import make_accelerator
 from train.runs.processes import Team
 
@@ -61,6 +64,7 @@ def files(tmp_path_factory):
 
 def assert_same(result: dict, expected: dict, rel: float) -> None:
     """Of one judge's measures and their errors."""
+    result, expected = dict(result), dict(expected)
     assert result.pop("errors") == pytest.approx(expected.pop("errors"), rel=10 * rel)
     assert result == pytest.approx(expected, rel=rel)
 
@@ -114,7 +118,9 @@ def all_prefixes(files, tmp_path_factory):
     """Results with prefixes and neighbours of all images: their order, the evaluation's own, matters no more."""
     patch = pytest.MonkeyPatch()
     patch.setattr(program, "make_perceptual_loss", lambda name: MeanDistance())
-    options = ["--prefix-images", 1000, "--samples", MANY, "--perceptual", "lpips-vgg"]
+    options = ["--prefix-images", 1000, "--samples", MANY, "--perceptual", "lpips-vgg",
+               f"data.mix.dark.source={files / 'images'}", "data.mix.dark.eval_split=train",
+               "data.mix.dark.train_split=test"]  # fmt: skip
     results = evaluate(files, tmp_path_factory.mktemp("all"), *options)
     patch.undo()
     return results
@@ -163,6 +169,45 @@ def test_every_prefix_length_is_measured_against_the_image_and_its_low_pass(eval
         for against, reference in (("image", x.unsqueeze(1).expand_as(targets)), ("low_pass", targets)):
             expected = measure(frames, reference).mean(dim=0).tolist()
             assert all_prefixes["prefixes"][f"{name}_{against}"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_other_sources_of_the_tokenizer_have_figures_of_their_own(evaluated, all_prefixes, truth):
+    """Here the training split stands for one."""
+    pipe, _, splits = truth
+    x, result = to_float(splits["train"].images), all_prefixes["other_sources"]["dark"]
+    with torch.no_grad():
+        codes = pipe.tokenizer.encode(x)
+        frames = pipe.tokenizer.decode(codes, list(range(1, 13)))
+    assert result["reconstruction"]["images"] == len(x) == 48 and result["heldout"] == "train"
+    assert result["reconstruction"]["psnr"] == pytest.approx(float(psnr(frames[:, -1], x).mean()), rel=1e-5)
+    expected = psnr(frames, x.unsqueeze(1).expand_as(frames)).mean(dim=0).tolist()
+    assert result["prefixes"]["psnr_image"] == pytest.approx(expected, rel=1e-4)
+    assert result["codebook"]["usage"] == pytest.approx(len(codes.unique()) / 32)
+    text = markdown(all_prefixes)
+    assert "### Also learnt by the tokenizer: dark" in text and "split 'train' of images: PSNR" in text
+    assert f"| 8 | {expected[7]:.2f} |" in text.split("learnt by the tokenizer: dark")[1]
+    assert evaluated[1]["other_sources"] == {} and "Also learnt" not in (evaluated[0] / "report.md").read_text()
+
+
+def test_samples_have_the_classes_of_the_held_out_images(files, tmp_path):
+    """Of uneven ones in their proportions, unless they are to be even."""
+    for path in sorted((files / "images" / "test").rglob("*.png")):
+        if path.parent.name == "bag" or path.stem in "01":
+            (tmp_path / "images" / "test" / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / "images" / "test" / path.parent.name)
+    shutil.copytree(files / "images" / "train", tmp_path / "images" / "train")
+    for classes, counts in (("heldout", [12, 3, 3, 3]), ("even", [6, 5, 5, 5])):
+        results = evaluate(
+            files, tmp_path / classes, f"data.source={tmp_path / 'images'}", "--classes", classes,
+            "--guidance-scales", 1, "--samples", 21,
+        )  # fmt: skip
+        shards = [load_file(path)["labels"] for path in sorted((tmp_path / classes).rglob("guidance-1/*"))]
+        assert torch.cat(shards).bincount().tolist() == counts
+        text = " ".join((tmp_path / classes / "report.md").read_text().split())
+        assert {"heldout": "in the proportions of the held-out images", "even": "every class equally often"}[
+            classes
+        ] in text
+        assert results["data"]["sampled_classes"] == classes
 
 
 def test_perceptual_distances_are_to_the_image_and_to_its_low_pass(all_prefixes, truth):
@@ -400,29 +445,30 @@ def small_pipe(monkeypatch):
 
 
 def fill(pipe, folder, samples, guidance_scale, seed):
-    return bank.sample_bank(pipe, folder, samples, guidance_scale, seed, Team(make_accelerator()))
+    labels = torch.arange(samples) % 4
+    return bank.sample_bank(pipe, folder, labels, guidance_scale, seed, Team(make_accelerator()))
 
 
 def test_bank_goes_on_where_it_was_and_keeps_what_it_has(small_pipe, tmp_path):
     pipe, made = small_pipe
-    first, labels = fill(pipe, tmp_path, 10, 2.0, seed=0)
-    assert made == [4, 4, 2] and labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
-    again, _ = fill(pipe, tmp_path, 10, 2.0, seed=0)
-    fewer, _ = fill(pipe, tmp_path, 5, 2.0, seed=0)
+    first = fill(pipe, tmp_path, 10, 2.0, seed=0)
+    assert made == [4, 4, 2]
+    again = fill(pipe, tmp_path, 10, 2.0, seed=0)
+    fewer = fill(pipe, tmp_path, 5, 2.0, seed=0)
     assert made == [4, 4, 2]  # nothing more
-    more, _ = fill(pipe, tmp_path, 13, 2.0, seed=0)
+    more = fill(pipe, tmp_path, 13, 2.0, seed=0)
     assert made == [4, 4, 2, 4, 1]  # the one that was not full, and the rest
     assert torch.equal(first, again) and torch.equal(first[:5], fewer) and torch.equal(first, more[:10])
 
 
 def test_bank_replaces_what_is_damaged_or_of_another_model_or_seed(small_pipe, tmp_path):
     pipe, made = small_pipe
-    first, _ = fill(pipe, tmp_path, 8, 2.0, seed=0)
+    first = fill(pipe, tmp_path, 8, 2.0, seed=0)
     damaged = sorted(tmp_path.rglob("*.safetensors"))[1]
     damaged.write_bytes(damaged.read_bytes()[:-9])
-    again, _ = fill(pipe, tmp_path, 8, 2.0, seed=0)
+    again = fill(pipe, tmp_path, 8, 2.0, seed=0)
     assert made == [4, 4, 4] and torch.equal(first, again)
-    other, _ = fill(pipe, tmp_path, 8, 2.0, seed=100)
+    other = fill(pipe, tmp_path, 8, 2.0, seed=100)
     assert len(made) == 5 and not torch.equal(first, other)
     with torch.no_grad():
         pipe.transformer.head.weight.neg_()

@@ -21,6 +21,15 @@ def evenly(n: int, count: int) -> torch.Tensor:
     return torch.arange(count) * n // count
 
 
+def in_proportion(counts: torch.Tensor, n: int) -> torch.Tensor:
+    """Labels (n,) int64 of classes in proportion to `counts` (C,), in every stretch; with equal counts, i mod C."""
+    labels = torch.arange(len(counts)).repeat_interleave(counts)
+    of_class = torch.cat([torch.arange(count) for count in counts.tolist()])
+    # The j-th of a class of m stands at (j + 0.5) / m of a round.
+    order = ((of_class + 0.5) / counts[labels].double()).argsort(stable=True)
+    return labels[order].repeat(n // len(labels) + 1)[:n]
+
+
 def step_indices(
     n: int, batch_size: int, seed: int, step: int, epoch_order: Callable[[int, int], torch.Tensor] | None = None
 ) -> torch.Tensor:

@@ -6,7 +6,7 @@ Judged figures are by judge: {"classifier": {...}, "efficientnet-lite1": {...}}.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Evaluation:
     perceptual: Callable[[Tensor, Tensor], Tensor] | None  # from `losses.make_perceptual_loss`
     images: Tensor  # (n, C, H, H) uint8, held out
     labels: Tensor  # (n,)
+    sample_labels: Tensor  # (m,) classes of the samples
     prefix_images: int  # how many of the images, and of the samples, are measured at several prefix lengths
     manifold_images: int  # how many of a set precision, recall, density and coverage are measured on
     seed: int
@@ -189,6 +190,19 @@ def codebook_use(run: Evaluation, codes: Tensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def other_source(run: Evaluation, images: Tensor, prefix_images: int) -> dict[str, Any]:
+    """The tokenizer on held-out images (n, C, H, H) uint8 of another source that it learnt from, and no judge.
+
+    Returns "reconstruction", "codebook" and "prefixes", as `reconstruct`, `codebook_use` and `prefix_quality` do.
+    """
+    labels = torch.zeros(len(images), dtype=torch.long)  # which say nothing here
+    own = replace(run, judges={}, images=images, labels=labels, prefix_images=prefix_images)
+    codes = encode(own, images)
+    reconstruction, _ = reconstruct(own, codes, {})
+    prefixes, _ = prefix_quality(own, codes)
+    return {"reconstruction": reconstruction, "codebook": codebook_use(own, codes), "prefixes": prefixes}
+
+
 # ------------------------------------------------------------------------------------------- transformer
 
 
@@ -237,15 +251,16 @@ def references(run: Evaluation, real: Views, train: Views, train_labels: Tensor)
 
 @torch.no_grad()
 def measure_samples(
-    run: Evaluation, samples: int, guidance_scale: float, real: Views, low_pass: dict[int, Views], npz: bool
+    run: Evaluation, guidance_scale: float, real: Views, low_pass: dict[int, Views], npz: bool
 ) -> tuple[dict[str, Any], Tensor, Looked]:
     """Samples at one guidance scale: in full against the held-out images, as prefixes against their x_k.
 
     Returns the measurements, the samples' codes (n, N), and the samples themselves.
     """
     shown, full = run.shown_lengths, run.shown_lengths[-1:]
-    codes, labels = sample_bank(run.pipe, run.folder / "samples", samples, guidance_scale, run.seed, run.team)
-    several = min(run.prefix_images, samples)
+    labels = run.sample_labels
+    codes = sample_bank(run.pipe, run.folder / "samples", labels, guidance_scale, run.seed, run.team)
+    several = min(run.prefix_images, len(labels))
     prefixes: dict[int, list[Views]] = {k: [] for k in shown}
     pixels = []
     for part, lengths in ((codes[:several], shown), (codes[several:], full)):

@@ -37,6 +37,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"### Quality by prefix length\n\n{_prefixes(r)}",
         "![PSNR and SSIM by prefix length](figures/prefix-quality.png)",
         "![Reconstructions](figures/reconstructions.png)",
+        *(_other_source(name, m) for name, m in r["other_sources"].items()),
         "### Samples",
     ]
     sections += _by_judge(r, _samples, "Samples by guidance scale", "guidance")
@@ -76,9 +77,8 @@ def shown(value: float | None, digits: int, percent: bool = False, error: float 
     return text + ("" if error is None else f" ± {factor * INTERVAL * error:.{digits}f}") + sign
 
 
-def source_name(r: dict[str, Any]) -> str:
+def source_name(source: str) -> str:
     """Of a folder only the name: where it lies says nothing to others."""
-    source = r["data"]["source"]
     return Path(source).name if Path(source).exists() else source
 
 
@@ -92,19 +92,22 @@ def _how(r: dict[str, Any]) -> str:
         trained = ", which the tokenizer was trained on" if r["perceptual"]["trained_on_it"] else ""
         network = f"`{r['perceptual']['network']}`{trained}"
         perceptual = f" Perceptual distances are in features of {network}; lower is better."
+    classes = {
+        "heldout": "classes in the proportions of the held-out images", "even": "every class equally often",
+    }[r["data"]["sampled_classes"]]  # fmt: skip
     several = f"; {r['processes']} processes" if r["processes"] > 1 else ""
     return (
         f"Made by `{r['command']}` ({versions}; {r['device']}{several}; seed {r['seed']}).\n\n"
-        f"Held-out images are the split {r['data']['heldout']!r} of {source_name(r)}, which neither the models nor "
-        "the judges were trained on. Fréchet distance (FD), the same of a map's positions (sFD), inception score "
-        "(IS), class accuracy, precision, recall, density and coverage are taken in the features of a fixed "
-        f"network:\n\n{judges}\n\n"
+        f"Held-out images are the split {r['data']['heldout']!r} of {source_name(r['data']['source'])}, which neither "
+        "the models nor the judges were trained on. Fréchet distance (FD), the same of a map's positions (sFD), "
+        "inception score (IS), class accuracy, precision, recall, density and coverage are taken in the features of a "
+        f"fixed network:\n\n{judges}\n\n"
         "Figures of one judge compare with each other, and only those of Inception-V3 with published ones. All images "
         f"are rounded to 8 bits before a judge sees them. FD is between all {full['images']} held-out images and the "
         f"set in question; precision and recall (k = 3), density and coverage (k = 5) are on {manifold} images of "
         "each set. PSNR and SSIM are per image on [0, 1], then averaged. Intervals (±) are 95 % over draws of images, "
-        f"by the infinitesimal jackknife.{perceptual} Sampling: temperature 1, no top-k, no top-p; image i has class "
-        f"i mod {r['model']['num_classes']} and generator seed {r['seed']} + i."
+        f"by the infinitesimal jackknife.{perceptual} Sampling: temperature 1, no top-k, no top-p; {classes}; image i "
+        f"has the generator seed {r['seed']} + i."
     )
 
 
@@ -164,6 +167,25 @@ def _prefixes(r: dict[str, Any]) -> str:
     return table(head, rows) + (
         f"\n\nOn {p['images']} held-out images{few}. x_k is the ideal low-pass of the image at the prefix's cutoff. "
         "Judges have learnt from sharp images: their accuracy on x_k says how far they can be trusted on blurred ones."
+    )
+
+
+def _other_source(name: str, m: dict[str, Any]) -> str:
+    """What the tokenizer makes of held-out images of another source that it learnt from."""
+    full, book, p = m["reconstruction"], m["codebook"], m["prefixes"]
+    columns = {
+        "PSNR to image": ("psnr_image", 2), "PSNR to x_k": ("psnr_low_pass", 2),
+        "SSIM to image": ("ssim_image", 3), "SSIM to x_k": ("ssim_low_pass", 3),
+    }  # fmt: skip
+    rows = [[k, *(shown(p[key][k - 1], digits) for key, digits in columns.values())] for k in p["shown"]]
+    few = f"; by prefix length, {p['images']} of them" if p["images"] < full["images"] else ""
+    return (
+        f"### Also learnt by the tokenizer: {name}\n\nOn {full['images']} held-out images of the split "
+        f"{m['heldout']!r} of {source_name(m['source'])}{few}: PSNR "
+        f"{shown(full['psnr'], 2, error=full['errors']['psnr'])} dB, SSIM "
+        f"{shown(full['ssim'], 4, error=full['errors']['ssim'])}, codebook perplexity {book['perplexity']:.0f} of "
+        f"{book['codebook_size']}, {shown(book['usage'], 1, True)} of the entries in use.\n\n"
+        + table(["Tokens k", *columns], rows)
     )
 
 

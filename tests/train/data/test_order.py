@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.data.order import balanced_order, evenly, step_indices
+from train.data.order import balanced_order, evenly, in_proportion, step_indices
 
 
 def test_each_epoch_is_another_permutation_less_the_last_few():
@@ -92,3 +92,13 @@ def test_every_class_comes_in_every_epoch_however_uneven():
     for balance in ("sqrt", "even"):
         epoch = balanced_order(labels, balance)(0, 1)
         assert len(epoch) == len(labels) and len(labels[epoch].unique()) == 12
+
+
+def test_in_proportion_every_stretch_has_classes_as_they_are():
+    assert in_proportion(torch.tensor([5, 5, 5]), 8).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    counts = torch.tensor([60, 0, 4, 36])
+    labels = in_proportion(counts, 1000)
+    assert labels.bincount(minlength=4).tolist() == [600, 0, 40, 360]
+    for start in range(0, 900, 7):
+        part = labels[start : start + 100].bincount(minlength=4)
+        assert (part - counts).abs().max() <= 1

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from tests.helpers import tiny_pipeline
+from train.data.order import in_proportion
 from train.evaluation import pictures
 from train.evaluation.pictures import CLASSES_A_ROW, ROWS, draw_samples
 
@@ -27,7 +28,8 @@ def draw(tmp_path, monkeypatch):
         names = {i: f"class {i}" for i in range(classes)}
         pipe = tiny_pipeline(id2label=names, dtype=torch.float32, transformer={"num_classes": classes})
         best, other = torch.randint(32, (2, 2 * classes, 12), generator=torch.Generator().manual_seed(0))
-        draw_samples(pipe, tmp_path, {1.0: best, 2.0: other}, best=1.0, lengths=[1, 12])
+        labels = torch.arange(2 * classes) % classes
+        draw_samples(pipe, tmp_path, {1.0: best, 2.0: other}, labels, best=1.0, lengths=[1, 12])
         return pipe, best, named
 
     return make
@@ -49,3 +51,24 @@ def test_sheet_of_all_classes(draw, tmp_path):
 
 def test_no_sheet_of_classes_that_all_have_a_row_of_samples(draw):
     assert draw(ROWS)[2].keys() == {"samples-1.png", "samples-2.png", "sample-prefixes.png"}
+
+
+def test_rows_are_the_first_samples_of_their_class_in_any_proportions(tmp_path, monkeypatch):
+    """30 of class 0, 12 of class 3, 4 of class 5, none of the others: three rows of four."""
+    (tmp_path / "figures").mkdir()
+    drawn = {}
+    keep = lambda images, rows, columns, path: drawn.update({path.name: (images, rows)})  # noqa: E731
+    monkeypatch.setattr(pictures, "draw_grid", keep)
+    pipe = tiny_pipeline(id2label={i: f"class {i}" for i in range(11)}, dtype=torch.float32,
+                         transformer={"num_classes": 11})  # fmt: skip
+    labels = in_proportion(torch.tensor([15, 0, 0, 6, 0, 2] + [0] * 5), 46)
+    codes = torch.randint(32, (46, 12), generator=torch.Generator().manual_seed(0))
+    draw_samples(pipe, tmp_path, {1.0: codes}, labels, best=1.0, lengths=[1, 12])
+    images, rows = drawn["samples-1.png"]
+    assert rows == ["class 0", "class 3", "class 5"] and images.shape[:2] == (3, 4)
+    for row, c in zip(images, (0, 3, 5), strict=True):
+        torch.testing.assert_close(row, pipe.tokenizer.decode(codes[labels == c][:4]), rtol=0, atol=1e-5)
+    sheet, _ = drawn["classes.png"]
+    firsts = torch.stack([codes[labels == c][0] for c in (0, 3, 5)])
+    torch.testing.assert_close(sheet[0, :3], pipe.tokenizer.decode(firsts), rtol=0, atol=1e-5)
+    assert (sheet[0, 3:] == 1).all()
