@@ -416,6 +416,8 @@ class SpectralARPipeline(DiffusionPipeline):
         if kwargs.get("use_safetensors") is False:
             raise ValueError("a pipeline is loaded from safetensors only: leave use_safetensors at True.")
         kwargs["use_safetensors"] = True  # the library's default falls back to pickles
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", torch.float32)  # or it would be the default of whoever loads
         folder = pretrained_model_name_or_path
         if not os.path.isdir(folder):
             folder = _download(str(folder), kwargs)

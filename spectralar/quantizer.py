@@ -11,6 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Of what is drawn at random: the same on all devices.
+INDICES = {"dtype": torch.int64, "device": "cpu"}
+
 
 class QuantizerOutput(NamedTuple):
     quantized: Tensor  # (B, N, d) the codes' vectors, with a gradient to the latents
@@ -82,9 +85,9 @@ class VectorQuantizer(nn.Module):
             entries = self._unit_entries().to(torch.promote_types(latents.dtype, torch.float32))
             similarity = F.normalize(latents.to(entries.dtype), dim=-1) @ entries.mT  # (B, n, K)
         if self.codebook_sizes is not None:
-            sizes = torch.tensor(self.codebook_sizes[: latents.shape[1]], device=latents.device)
-            allowed = torch.arange(self.codebook_size, device=latents.device) < sizes[:, None]  # (n, K)
-            similarity = similarity.masked_fill(~allowed, -torch.inf)
+            sizes = torch.tensor(self.codebook_sizes[: latents.shape[1]], dtype=torch.int64, device=latents.device)
+            entry = torch.arange(self.codebook_size, dtype=torch.int64, device=latents.device)
+            similarity = similarity.masked_fill(entry >= sizes[:, None], -torch.inf)  # (n, K)
         return similarity.argmax(dim=-1)
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
@@ -135,10 +138,10 @@ class FiniteScalarQuantizer(nn.Module):
             raise ValueError(f"fsq_levels must be one or more numbers of at least 3, got {list(levels)}.")
         self.levels = tuple(levels)
         self.codebook_size = math.prod(levels)
-        code = torch.arange(self.codebook_size)
+        code = torch.arange(self.codebook_size, dtype=torch.int64)
         columns = []
         for level in self.levels:
-            columns.append((code % level - level // 2) / (level // 2))
+            columns.append((code % level - level // 2).float() / (level // 2))
             code = code // level
         # Follows from the levels, so it is not saved.
         self.register_buffer("codebook", torch.stack(columns, dim=-1), persistent=False)  # (K, d)
@@ -169,10 +172,12 @@ class FiniteScalarQuantizer(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             bounded, width = self._bounded(latents)
             whole = bounded.round()
-            radix = torch.tensor([math.prod(self.levels[:i]) for i in range(len(self.levels))], device=latents.device)
+            radix = torch.tensor(
+                [math.prod(self.levels[:i]) for i in range(len(self.levels))], dtype=torch.int64, device=latents.device
+            )
             codes = ((whole + width).long() * radix).sum(dim=-1)
             quantized = (bounded + (whole - bounded).detach()) / width
-            nothing = torch.zeros((), device=latents.device)
+            nothing = torch.zeros((), dtype=torch.float32, device=latents.device)
             return QuantizerOutput(quantized, codes, nothing, nothing)
 
 
@@ -198,7 +203,7 @@ class CodebookRevival:
         self.quantizer = quantizer
         self.patience = patience
         self.seed = seed
-        self.idle_steps = torch.zeros(quantizer.codebook_size, dtype=torch.long)
+        self.idle_steps = torch.zeros(quantizer.codebook_size, dtype=torch.int64, device="cpu")
 
     @torch.no_grad()
     def update(self, codes: Tensor, latents: Tensor, step: int, revive: bool = True) -> int:
@@ -218,20 +223,21 @@ class CodebookRevival:
             dead = dead[dead < max(self.quantizer.codebook_sizes[: latents.shape[1]])]  # others have no position
         if dead.numel() == 0:
             return 0
-        positions = torch.arange(latents.shape[1], device=latents.device).expand(latents.shape[:2]).flatten()
+        positions = torch.arange(latents.shape[1], dtype=torch.int64, device=latents.device)
+        positions = positions.expand(latents.shape[:2]).flatten()
         pool, positions = _gather(latents.flatten(0, 1).float()), _gather(positions)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         if self.quantizer.codebook_sizes is None:
-            order = torch.randperm(pool.shape[0], generator=generator)[: dead.numel()]
+            order = torch.randperm(pool.shape[0], generator=generator, **INDICES)[: dead.numel()]
             dead = dead[: order.numel()]
             chosen = pool[order.to(pool.device)]
         else:
             # An entry is revived only onto a latent of a position that may use it.
-            sizes = torch.tensor(self.quantizer.codebook_sizes, device=positions.device)[positions].cpu()
+            sizes = torch.tensor(self.quantizer.codebook_sizes, **INDICES)[positions.cpu()]
             picks = []
             for entry in dead.tolist():
                 candidates = (sizes > entry).nonzero().flatten()
-                picks.append(candidates[torch.randint(candidates.numel(), (), generator=generator)])
+                picks.append(candidates[torch.randint(candidates.numel(), (), generator=generator, **INDICES)])
             chosen = pool[torch.stack(picks).to(pool.device)]
         codebook = self.quantizer.codebook
         _set_rows(codebook, dead.to(codebook.device), F.normalize(chosen, dim=-1))
@@ -249,10 +255,11 @@ class CodebookRevival:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         codebook = self.quantizer.codebook
         rounds = -(-len(codebook) // len(pool))
-        order = torch.cat([torch.randperm(len(pool), generator=generator) for _ in range(rounds)])
-        noise = 0.01 * torch.randn(codebook.shape, generator=generator)
+        order = torch.cat([torch.randperm(len(pool), generator=generator, **INDICES) for _ in range(rounds)])
+        noise = 0.01 * torch.randn(codebook.shape, generator=generator, dtype=torch.float32, device="cpu")
         chosen = pool[order[: len(codebook)].to(pool.device)] + noise.to(pool.device)
-        _set_rows(codebook, torch.arange(len(codebook), device=codebook.device), F.normalize(chosen, dim=-1))
+        rows = torch.arange(len(codebook), dtype=torch.int64, device=codebook.device)
+        _set_rows(codebook, rows, F.normalize(chosen, dim=-1))
         self.idle_steps.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:

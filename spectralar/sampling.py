@@ -147,8 +147,10 @@ def draw_uniforms(
         if len(generators) != batch:
             raise ValueError(f"got {len(generators)} generators for {batch} images: pass one each, or a single one.")
     # Row by row: on CUDA the layout of one (B, N) draw depends on its size.
-    rows = [torch.rand(num_tokens, generator=g, device=g.device if g is not None else "cpu") for g in generators]
-    return torch.stack([row.to(device) for row in rows]) if rows else torch.empty(0, num_tokens, device=device)
+    uniforms = torch.empty(batch, num_tokens, dtype=torch.float32, device=device)
+    for row, g in zip(uniforms, generators, strict=True):
+        row.copy_(torch.rand(num_tokens, generator=g, dtype=torch.float32, device=g.device if g else "cpu"))
+    return uniforms
 
 
 # ------------------------------------------------------------------------------------------------ arguments

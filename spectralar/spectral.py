@@ -128,8 +128,9 @@ def water_levels(variances: Tensor, bits: Sequence[float]) -> Tensor:
     if not len(ordered):
         raise ValueError("all variances are 0: there is nothing to spend bits on.")
     # With the n largest in use, sum_n log2(v) - n log2(D) = 2 bits; as many are in use as lie above the level.
-    count = torch.arange(1, len(ordered) + 1)
-    levels = (ordered.cumsum(0) - 2 * torch.tensor(bits, dtype=torch.float64)[:, None]) / count  # (S, n), of log2 D
+    count = torch.arange(1, len(ordered) + 1, dtype=torch.float64, device=ordered.device)
+    spent = 2 * torch.tensor(bits, dtype=torch.float64, device=ordered.device)[:, None]
+    levels = (ordered.cumsum(0) - spent) / count  # (S, n), of log2 D
     used = (ordered >= levels).sum(dim=1).clamp(min=1)
     return levels.gather(1, used[:, None] - 1)[:, 0].exp2()
 
@@ -143,9 +144,10 @@ def gaussian_psnr(variances: Tensor, bits: Sequence[float], cutoffs: Sequence[in
         bits: S numbers.
         cutoffs: S of them, if bits can only be spent on coefficients below these.
     """
-    inside = square_mask(variances.shape[-1], torch.tensor(cutoffs or [variances.shape[-1]] * len(bits)))  # (S, H, H)
+    cutoffs = cutoffs or [variances.shape[-1]] * len(bits)
+    inside = square_mask(variances.shape[-1], torch.tensor(cutoffs, dtype=torch.int64, device=variances.device))
     errors = []
-    for budget, mask in zip(bits, inside, strict=True):
+    for budget, mask in zip(bits, inside, strict=True):  # (H, H)
         spent_on = variances.double() * mask
         level = float(water_levels(spent_on, [budget]))
         errors.append((spent_on.clamp(max=level) + variances * ~mask).mean())
@@ -176,7 +178,7 @@ def bands(cutoffs: tuple[int, ...] | list[int]) -> list[tuple[int, int]]:
 
 def square_frequency(size: int, device: torch.device | str = "cpu") -> Tensor:
     """max(u, v) of every coefficient: (H, H) int64."""
-    n = torch.arange(size, device=device)
+    n = torch.arange(size, dtype=torch.int64, device=device)
     return torch.maximum(n[:, None], n[None, :])
 
 
@@ -202,7 +204,7 @@ def low_pass(x: Tensor, cutoff: int | Tensor) -> Tensor:
     size, dtype = _square_side(x), _compute_dtype(x)
     matrix = dct_matrix(size, dtype, x.device)
     if isinstance(cutoff, Tensor):
-        keep = torch.arange(size, device=x.device) < cutoff.to(x.device)[..., None]  # (..., H)
+        keep = torch.arange(size, dtype=torch.int64, device=x.device) < cutoff.to(x.device)[..., None]  # (..., H)
         projector = _matmul(matrix.mT * keep[..., None, :].to(dtype), matrix)  # (..., H, H)
         projector = projector.unsqueeze(-3)  # (..., 1, H, H), over channels
     else:
@@ -245,7 +247,7 @@ def radial_power_spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
     energy = dct2(x.to(_compute_dtype(x))).square().mean(dim=-3).flatten(-2)  # (..., H*H)
     power = torch.zeros(*energy.shape[:-1], count.numel(), dtype=energy.dtype, device=x.device)
     power.index_add_(-1, ring, energy)
-    return torch.arange(count.numel(), device=x.device), power / count
+    return torch.arange(count.numel(), dtype=torch.int64, device=x.device), power / count
 
 
 def band_energy(x: Tensor, cutoffs: tuple[int, ...] | list[int]) -> Tensor:

@@ -39,6 +39,11 @@ def encoder_mask(num_patches: int, num_tokens: int, device: torch.device) -> Ten
         return mask
 
 
+def _below(lengths: Tensor, n: int) -> Tensor:
+    """Which of n tokens a prefix has: (...,) int64 -> (..., n)."""
+    return torch.arange(n, dtype=torch.int64, device=lengths.device) < lengths[..., None]
+
+
 def _join(of_masks: Tensor, of_tokens: Tensor, frames: int) -> Tensor:
     """Keys or values of mask tokens (B S or 1, heads, P, head_dim), then of their image's tokens (B, heads, n, ..)."""
     batch = of_tokens.shape[0]
@@ -228,14 +233,14 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
             seen = [(k[:, :, :longest], v[:, :, :longest]) for k, v in kv]
             visible = None
             if len(some) > 1:
-                visible = torch.arange(longest, device=device) < torch.tensor(some, device=device)[:, None]  # (s, n)
+                visible = _below(torch.tensor(some, dtype=torch.int64, device=device), longest)  # (s, n)
             frames.append(self._render(seen, self._cutoff_tensor(some, device), visible))
         return torch.cat(frames, dim=1)
 
     def decode_latents(self, quantized: Tensor, lengths: Tensor) -> Tensor:
         """Differentiable decode of quantized latents (B, n, d) at lengths (S,) or (B, S) -> (B, S, C, H, H)."""
         kv = self._token_kv(self._embed_latents(quantized))
-        visible = torch.arange(quantized.shape[1], device=quantized.device) < lengths[..., None]  # (..., S, n)
+        visible = _below(lengths.to(quantized.device), quantized.shape[1])  # (..., S, n)
         return self._render(kv, self._cutoff_tensor(lengths, quantized.device), visible)
 
     def prefix_decoder(self, batch_size: int) -> PrefixDecoder:
@@ -334,7 +339,8 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
     # ------------------------------------------------------------------------------------------------ checks
 
     def _cutoff_tensor(self, lengths: Tensor | list[int], device: torch.device) -> Tensor:
-        return torch.tensor(self.cutoffs, device=device)[torch.as_tensor(lengths, device=device) - 1]
+        cutoffs = torch.tensor(self.cutoffs, dtype=torch.int64, device=device)
+        return cutoffs[torch.as_tensor(lengths, device=device) - 1]
 
     def _prefix_length(self, k: int | None, available: int | None = None) -> int:
         limit = available or self.config.num_tokens

@@ -42,7 +42,7 @@ class SamplingCache(KVCache):
         head_dim = config.hidden_size // config.num_heads
         super().__init__(config.num_layers, batch, config.num_heads, config.num_tokens, head_dim, like=model.position)
         self.parameters = [block.step_parameters(batch) for block in model.blocks]
-        self.positions = torch.arange(config.num_tokens, device=model.device)
+        self.positions = torch.arange(config.num_tokens, dtype=torch.int64, device=model.device)
 
 
 class SpectralARTransformer(ModelMixin, ConfigMixin):

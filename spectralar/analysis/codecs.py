@@ -30,7 +30,7 @@ def dct_truncation(image: Tensor, bits: float) -> Tensor | None:
     channels, size = image.shape[0], image.shape[-1]
     spectrum = dct2(image.float())
     frequency = square_frequency(size, image.device)
-    bound = size / (1.0 + frequency)
+    bound = size / (1.0 + frequency.float())
     best, best_error = None, math.inf
     for depth in range(2, 9):
         side = min(size, math.isqrt(int(bits // (channels * depth))))

@@ -31,7 +31,7 @@ def token_contributions(frames: Tensor, cutoffs: tuple[int, ...]) -> Contributio
         cutoffs: the schedule (r_1, ..., r_N), n <= N.
     """
     before = torch.cat([torch.zeros_like(frames[:, :1]), frames[:, :-1]], dim=1)
-    open_cutoffs = torch.tensor((0, *cutoffs[: frames.shape[1] - 1]), device=frames.device)
+    open_cutoffs = torch.tensor((0, *cutoffs[: frames.shape[1] - 1]), dtype=torch.int64, device=frames.device)
     kept = low_pass(frames, open_cutoffs[None])  # M_(k-1) * D_k
     return Contributions(frames, kept - before, frames - kept)
 

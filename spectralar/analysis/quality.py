@@ -32,7 +32,8 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
     if min(images.shape[-2:]) < SSIM_WINDOW:
         size = f"{images.shape[-1]} x {images.shape[-2]}"
         raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, got {size}.")
-    window = torch.exp(-(torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2).square() / (2 * 1.5**2))
+    distance = torch.arange(SSIM_WINDOW, dtype=torch.float64, device="cpu") - SSIM_WINDOW // 2
+    window = torch.exp(-distance.square() / (2 * 1.5**2))
     window = (window / window.sum()).to(images)
 
     def sliding(size: int) -> Tensor:

@@ -19,8 +19,8 @@ STATISTICS_FILE = "statistics.safetensors"
 
 def code_marginals(codes: Tensor, codebook_size: int) -> Tensor:
     """How often each code stands at each position: codes (n, N) -> probabilities (N, K)."""
-    one_hot = torch.zeros(codes.shape[1], codebook_size, dtype=torch.float64)
-    one_hot.scatter_add_(1, codes.T.cpu().long(), torch.ones(codes.T.shape, dtype=torch.float64))
+    one_hot = torch.zeros(codes.shape[1], codebook_size, dtype=torch.float64, device="cpu")
+    one_hot.scatter_add_(1, codes.T.cpu().long(), torch.ones_like(codes.T, dtype=torch.float64, device="cpu"))
     return one_hot / codes.shape[0]
 
 
@@ -44,7 +44,7 @@ def next_token_entropy(
     Returns:
         (N,) float32, on the CPU: 0 where the token is certain, log K where all are equally likely.
     """
-    total = torch.zeros(codes.shape[1], dtype=torch.float64)
+    total = torch.zeros(codes.shape[1], dtype=torch.float64, device="cpu")
     for part, labels in zip(codes.split(batch_size), class_labels.split(batch_size), strict=True):
         logits = transformer(part[:, :-1], labels)  # (b, N, K)
         for t, size in enumerate(codebook_sizes or ()):
@@ -89,7 +89,7 @@ def write_statistics(folder: str | os.PathLike, codes: Tensor, codebook_size: in
     Raises:
         ValueError: if the shapes do not fit or a code is out of range.
     """
-    entropy = torch.as_tensor(next_token_entropy, dtype=torch.float32).cpu()
+    entropy = torch.as_tensor(next_token_entropy, dtype=torch.float32, device="cpu")
     if codes.ndim != 2 or entropy.shape != codes.shape[1:]:
         raise ValueError(
             f"codes must be (n, N) and next_token_entropy (N,), got {tuple(codes.shape)} and {tuple(entropy.shape)}."

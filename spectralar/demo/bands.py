@@ -155,12 +155,13 @@ class Influence:
         statistics = model_statistics(self.model)
         count = INFLUENCE_IMAGES if statistics else MARGINAL_SAMPLES
         num_classes = len(self.model.class_names)
-        codes = torch.tensor(self.origins.codes([i * num_classes // count for i in range(count)], seed=0))
+        rows = self.origins.codes([i * num_classes // count for i in range(count)], seed=0)
+        codes = torch.tensor(rows, dtype=torch.int64, device="cpu")
         if statistics:
             marginals, self.marginals = statistics.code_counts, "held-out images"
         else:
             marginals, self.marginals = code_marginals(codes, self.model.codebook_size), f"{count} sampled images"
-        spread = torch.arange(INFLUENCE_IMAGES) * count // INFLUENCE_IMAGES
+        spread = torch.arange(INFLUENCE_IMAGES, dtype=torch.int64, device="cpu") * count // INFLUENCE_IMAGES
         return self._measure(codes[spread], marginals)
 
     def _influence_steps(self, codes: Tensor, marginals: Tensor) -> Iterator[Tensor]:

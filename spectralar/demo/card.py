@@ -88,10 +88,10 @@ def mask_value(model: Model) -> dict[str, Any]:
     """The scrubber's: which coefficients are open to each prefix, and what that leaves of an edge and of a point."""
     size, cutoffs = model.image_size, model.cutoffs
     frequency = square_frequency(size)
-    point = torch.full((1, size, size), -1.0)
+    point = torch.full((1, size, size), -1.0, dtype=torch.float32, device="cpu")
     point[:, size // 2, size // 2] = 1.0
-    n = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
-    disc = torch.where((n[:, None] ** 2 + n**2).sqrt() < size * 0.3, 1.0, -1.0)[None]  # (1, H, H)
+    n = torch.arange(size, dtype=torch.float32, device="cpu") - (size - 1) / 2
+    disc = 2 * ((n[:, None] ** 2 + n**2).sqrt() < size * 0.3).float()[None] - 1  # (1, H, H)
     peak = float(dct2(disc).abs().max())
     value = scrubber_value(
         [{"title": "Mask", "captions": ["Open coefficients", "A disc", "its spectrum, log scale", "A point"]}],
@@ -100,7 +100,7 @@ def mask_value(model: Model) -> dict[str, Any]:
     encoder = StripEncoder(model.num_tokens)
     before = 0
     for r in cutoffs:
-        mask = torch.where(frequency < before, 0.55, torch.where(frequency < r, 1.0, 0.08))
+        mask = 0.08 + 0.92 * (frequency < r).float() - 0.45 * (frequency < before).float()
         soft, blob = low_pass(disc, r), low_pass(point + 1, r)
         tiles = [to_pixels(mask[None]), to_pixels((soft / 2 + 0.5).clamp(0, 1)), log_spectrum(soft, peak)]
         value["frames"].append(encoder.encode([*tiles, to_pixels((blob / blob.max().clamp(min=1e-6)).clamp(0, 1))]))

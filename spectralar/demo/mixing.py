@@ -35,7 +35,7 @@ def exchange_value(model: Model, a: Picture, b: Picture, images: np.ndarray) -> 
         [{"title": "Remix", "captions": captions}], model.cutoffs, model.image_size, model.codebook_size,
         keep_place=True, name="remix",
     )  # fmt: skip
-    cutoffs = torch.tensor(model.cutoffs)
+    cutoffs = torch.tensor(model.cutoffs, dtype=torch.int64, device="cpu")
     filtered = low_pass(a.image[None], cutoffs) + b.image - low_pass(b.image[None], cutoffs)  # (N, C, H, H)
     filtered, *ends = (to_pixels((x / 2 + 0.5).clamp(0, 1)) for x in (filtered, a.image, b.image))
     encoder = StripEncoder(model.num_tokens)

@@ -147,7 +147,7 @@ class Model:
     def _decode_prefixes(self, codes: list[int]) -> Tensor:
         """All prefixes of one image's codes: (N, C, H, H), float, on the CPU, not clamped."""
         with torch.no_grad():
-            rows = torch.tensor([codes], device=self.pipe.device)
+            rows = torch.tensor([codes], dtype=torch.int64, device=self.pipe.device)
             return self.pipe.tokenizer.decode(rows, list(range(1, len(codes) + 1)))[0].float().cpu()
 
 

@@ -44,7 +44,7 @@ def block_at(
     keys.index_copy_(2, position, F.layer_norm(k, (head_dim,), p.norm_k, eps=1e-6).unsqueeze(2))
     values.index_copy_(2, position, v.unsqueeze(2))
     scores = (q.unsqueeze(2) * keys).sum(-1) * head_dim**-0.5  # (B, heads, N)
-    filled = torch.arange(length, device=x.device) <= position
+    filled = torch.arange(length, dtype=torch.int64, device=x.device) <= position
     attention = scores.masked_fill(~filled, -torch.inf).softmax(-1)
     mixed = (attention.unsqueeze(-1) * values).sum(2).flatten(1)  # (B, D)
     x = torch.addcmul(x, gate1, linear(mixed, p.out_weight, p.out_bias))

@@ -148,7 +148,7 @@ class GraphedTokenGenerator(TokenGenerator):
             ours.copy_(new)
         buffers.codes[: given.shape[0], : given.shape[1]] = given
         buffers.uniforms[: given.shape[0]] = uniforms
-        buffers.scales.copy_(torch.tensor(self._scales_set))
+        buffers.scales.copy_(torch.tensor(self._scales_set, dtype=self._scales.dtype, device="cpu"))
         self.codes, self.uniforms, self._scales = buffers.codes, buffers.uniforms, buffers.scales
         self._conditioning = buffers.conditioning
 

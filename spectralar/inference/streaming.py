@@ -25,7 +25,7 @@ class HostCopy:
         side = torch.cuda.Stream(x.device)
         side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(side):
-            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
             self._host.copy_(x, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(side)

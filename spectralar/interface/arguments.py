@@ -62,7 +62,7 @@ def prepare(
     ids = names.ids(class_labels)
     if not ids:
         raise ValueError("at least one class label is needed.")
-    labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)  # (B,)
+    labels = torch.tensor(ids, dtype=torch.int64, device=device).repeat_interleave(num_images_per_prompt)  # (B,)
     codes = torch.zeros(len(labels), num_tokens, dtype=torch.int64, device=device)
     prefix_length = 0
     if prefix_codes is not None:
