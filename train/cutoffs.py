@@ -24,8 +24,9 @@ from spectralar.tokenizer import SpectralTokenizer
 
 from .configs.config import Config
 from .data.images import ImageSet, Prefetch, to_float
+from .data.mixing import load_mixed
 from .evaluation.report import table
-from .runs.command_line import clear_errors, make_parser, parse_settings, read_mixed_split
+from .runs.command_line import clear_errors, make_parser, parse_settings, read
 
 IMAGES, BATCH = 20_000, 256  # a variance of so many images is known to one per cent
 
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__.split("\n\n")[0])
     args, config = parse_settings(parser, argv, "tokenizer.cutoffs=[]")  # a preset's own are for its own N and H
     with clear_errors():
-        sources = read_mixed_split(config, "train")
+        sources = read(load_mixed, config.data, "train")
         shares = config.data.images_a_step(config.train_tokenizer.batch_size)
         variances = dct_variances([*sources.values()], shares)
         if variances.max() < 1e-9:  # of rounding

@@ -18,7 +18,8 @@ from spectralar.tokenizer import SpectralTokenizer
 from .configs.config import Config
 from .data.codes import shard_identity, shard_name, write_shard
 from .data.encoding import BATCH, encode_images, load_tokenizer, wanted_shards
-from .runs.command_line import clear_errors, parse_arguments, read_split
+from .data.images import load_images
+from .runs.command_line import clear_errors, parse_arguments, read
 from .runs.engine import make_accelerator
 
 SHARD = 65536  # images of a larger data set that a file holds: what a kill loses, and what processes share
@@ -32,7 +33,7 @@ def encode_split(
 
     Returns whether all were written before `deadline`, in seconds of `time.monotonic`.
     """
-    data = read_split(config, split)
+    data = read(load_images, config.data, split)
     common = {"images": str(len(data)), "class_names": json.dumps(data.class_names)}  # what only the data can say
     jobs = {}
     for first, identity in wanted_shards(config, split, tokenizer).items():
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = load_tokenizer(args.output / "tokenizer").to(accelerator.device)
         if args.dry_run:
             config.data.limit = 2 * BATCH
-            codes = encode_images(tokenizer, read_split(config, "eval").images, config.data.augment, 0)
+            codes = encode_images(tokenizer, read(load_images, config.data, "eval").images, config.data.augment, 0)
             print(f"Dry run: {len(codes)} images encoded, nothing was written.")
             return
         folder, rank, world = args.output / "codes", accelerator.process_index, accelerator.num_processes

@@ -35,7 +35,8 @@ from spectralar.interface.labels import LabelNames
 
 from .configs.config import Config, load_config
 from .data.codes import fingerprint
-from .data.images import ImageSet
+from .data.images import ImageSet, load_images
+from .data.mixing import load_mixed
 from .data.order import in_proportion
 from .data.sources import list_images
 from .evaluation.judges import JUDGES, Judge, make_judge
@@ -58,7 +59,7 @@ from .evaluation.report import markdown
 from .evaluation.report_figures import draw_charts
 from .evaluation.report_page import page
 from .objectives.losses import PERCEPTUAL_LOSSES, make_perceptual_loss
-from .runs.command_line import clear_errors, read_mixed_split, read_split
+from .runs.command_line import clear_errors, read
 from .runs.engine import make_accelerator
 from .runs.processes import Team
 
@@ -293,7 +294,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     with clear_errors():
         team = Team(make_accelerator())
-        splits = read_mixed_split(config, "eval")
+        splits = read(load_mixed, config.data, "eval")
+        train = random_images(read(load_images, config.data, "train"), args.images, args.seed)
         others = {name: random_images(split, args.images, args.seed) for name, split in splits.items()}
         heldout = others.pop("")
         counts = splits[""].labels.bincount(minlength=len(heldout.class_names))
@@ -303,7 +305,6 @@ def main(argv: list[str] | None = None) -> None:
         pipe = SpectralARPipeline.from_pretrained(args.model).to(team.device)
         pipe.set_progress_bar_config(disable=True)
         check_fit(pipe, judges, heldout)
-        train = random_images(read_split(config, "train"), args.images, args.seed)
         run = Evaluation(
             pipe, judges, make_perceptual(args.perceptual, team.device), heldout.images, heldout.labels,
             sample_labels=in_proportion(counts, args.samples),

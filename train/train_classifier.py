@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .configs.config import Config
-from .data.images import ImageSet, augment, describe_classes, to_float
+from .data.images import ImageSet, augment, describe_classes, load_splits, to_float
 from .evaluation.classifier import Classifier, save_classifier
 from .runs.checkpoints import publish
-from .runs.command_line import clear_errors, parse_arguments, read_split
+from .runs.command_line import clear_errors, parse_arguments, read
 from .runs.engine import Run
 from .runs.optimizers import make_optimizer
 
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     args, config = parse_arguments(__doc__.split("\n\n")[0], argv)
     with clear_errors():
         run = Run("classifier", config, config.train_classifier, args)
-        train(run, config, read_split(config, "train"), read_split(config, "eval"))
+        train(run, config, *read(load_splits, config.data, config.train_classifier.batch_size))
 
 
 if __name__ == "__main__":

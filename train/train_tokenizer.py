@@ -28,13 +28,13 @@ from spectralar.tokenizer import SpectralTokenizer
 from .configs.config import Config, TokenizerStage
 from .data.encoding import load_tokenizer
 from .data.images import ImageSet, augment, describe_classes, to_float
-from .data.mixing import MixedImages
+from .data.mixing import MixedImages, load_mixed_splits
 from .data.order import evenly
 from .objectives.adversarial import AdversarialTerm
 from .objectives.losses import PerceptualTerm
 from .objectives.nested import nested_loss, sample_lengths
 from .runs.checkpoints import publish
-from .runs.command_line import clear_errors, parse_arguments, read_mixed_split
+from .runs.command_line import clear_errors, parse_arguments, read
 from .runs.engine import Run, image_grid, make_ema
 
 REVIVAL_EVERY = 10  # steps between looks for dead codes: each look waits for the device
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     args, config = parse_arguments(__doc__.split("\n\n")[0], argv)
     with clear_errors():
         run = Run("tokenizer", config, config.train_tokenizer, args)
-        train(run, config, read_mixed_split(config, "train"), read_mixed_split(config, "eval"))
+        train(run, config, *read(load_mixed_splits, config.data, config.train_tokenizer.batch_size))
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from spectralar.transformer import SpectralARTransformer
 from .configs.config import Config
 from .data.codes import StoredCodes, fingerprint, read_shards
 from .data.encoding import encode_images, load_tokenizer, wanted_shards
-from .data.images import ImageSet, augment, describe_classes, to_float
+from .data.images import ImageSet, augment, describe_classes, load_splits, to_float
 from .data.order import balanced_order, evenly, step_indices
 from .objectives.next_token import next_token_loss, next_token_losses
 from .runs.checkpoints import publish
-from .runs.command_line import clear_errors, parse_arguments, read_split
+from .runs.command_line import clear_errors, parse_arguments, read
 from .runs.early_stopping import EarlyStopping
 from .runs.engine import Run, image_grid, make_ema
 
@@ -53,10 +53,9 @@ class CodeSource:
             self._epoch_order = balanced_order(self.labels, config.data.class_balance)
             self.seen, self.heldout = (self._some_of(split) for split in (stored, heldout))
         else:
-            self.images = read_split(config, "train")
+            self.images, heldout = read(load_splits, config.data, config.train_transformer.batch_size)
             self.fetch = run.prefetch(self.images)
             self.labels, self.class_names = self.images.labels, self.images.class_names
-            heldout = read_split(config, "eval")
             self.seen, self.heldout = (self._some_of(split) for split in (self.images, heldout))
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Pack:
     labels: Tensor  # (n,) int64
     class_names: list[str]  # as the source has them
     broken: list[str]  # names of the images that could not be read and are not in here
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # what the source has beside images, by the reason
 
 
 # ------------------------------------------------------------------------------------------------ decoding
@@ -173,7 +174,7 @@ def read_pack(folder: Path) -> Pack | None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensor = torch.from_numpy(images)  # not written to: a private mapping would count as memory in use
-    return Pack(tensor, torch.from_numpy(labels), index["class_names"], index["broken"])
+    return Pack(tensor, torch.from_numpy(labels), index["class_names"], index["broken"], index.get("left_out", {}))
 
 
 def make_pack(listing: Listing, cfg: DataConfig, folder: Path) -> Pack:
@@ -217,7 +218,8 @@ def _fill(listing: Listing, cfg: DataConfig, folder: Path) -> None:
         raise ValueError(f"None of the {done} images of {cfg.source} can be read.")
     np.save(partial / "labels.npy", listing.labels[kept])
     index = {"source": cfg.source, "shape": [cfg.channels, cfg.image_size, cfg.image_size],
-             "class_names": listing.class_names, "broken": [listing.keys[i] for i in broken]}  # fmt: skip
+             "class_names": listing.class_names, "broken": [listing.keys[i] for i in broken],
+             "left_out": listing.left_out}  # fmt: skip
     _write(partial / "index.json", index)
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one, or it would have been read
     os.replace(partial, folder)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -22,8 +22,9 @@ import torch.nn.functional as F
 
 from ..configs.config import CHOICES, DataConfig
 from .decoding import LazyImages, Pack, decode_in_chunks, make_pack, on_main, pack_folder, read_pack
+from .folders import describe
 from .listing import Listing, quoted
-from .order import balanced_order, evenly, step_indices
+from .order import balanced_order, check_batch, evenly, step_indices
 from .sources import list_images, source_version
 from .streams import StreamedImages, list_stream
 
@@ -99,6 +100,13 @@ class Prefetch:
         return self._futures[step].result()
 
 
+class Found(NamedTuple):
+    """Images of a split that were found, but not decoded yet."""
+
+    count: int
+    load: Callable[[], ImageSet]
+
+
 def load_images(cfg: DataConfig, split: str) -> ImageSet:
     """The images of a split: decoded once and kept on the disk for later runs, decoded at each use, or read then too.
 
@@ -111,23 +119,50 @@ def load_images(cfg: DataConfig, split: str) -> ImageSet:
         FileNotFoundError, ValueError: the source is missing or unfit; one sentence, and what would be right.
             A broken image raises nothing: it is counted, reported once at the end and left out.
     """
+    return find_images(cfg, split).load()
+
+
+def load_splits(cfg: DataConfig, batch_size: int = 1) -> tuple[ImageSet, ImageSet]:
+    """Both splits, "train" and "eval". What is wrong with one of them is said before any image is decoded.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_images`; or there are fewer images to train on than `batch_size`.
+    """
+    train, heldout = find_images(cfg, "train"), find_images(cfg, "eval")
+    check_batch(train.count, batch_size)
+    return train.load(), heldout.load()
+
+
+def find_images(cfg: DataConfig, split: str) -> Found:
+    """The first part of `load_images`: all that goes before images are decoded."""
     if split not in ("train", "eval"):
         raise ValueError(f"split is 'train' or 'eval', not {split!r}.")
-    pack, folder = None, None
-    if cfg.decode != "stream":
-        folder = pack_folder(cfg, split, source_version(cfg))
-        pack = read_pack(folder)
-    if pack is None:
-        listing = _listing(cfg, split)
-        if folder is None:
-            pack = Pack(StreamedImages(listing, cfg), torch.from_numpy(listing.labels), listing.class_names, [])
-        elif listing.pixels is not None and listing.pixels.shape[1:] == (cfg.image_size, cfg.image_size):
-            pixels = torch.from_numpy(listing.pixels)[:, None].repeat(1, cfg.channels, 1, 1)  # (n, C, H, H)
-            pack = Pack(pixels, torch.from_numpy(listing.labels), listing.class_names, [])
-        elif cfg.decode == "on-the-fly":
-            pack = Pack(LazyImages(listing, cfg), torch.from_numpy(listing.labels), listing.class_names, [])
-        else:
-            pack = _decoded(listing, cfg, folder)
+    folder = None if cfg.decode == "stream" else pack_folder(cfg, split, source_version(cfg))
+    pack = folder and read_pack(folder)
+    if pack:
+        return Found(len(pack.labels), lambda: _image_set(pack, cfg))
+    listing = _listing(cfg, split)
+    return Found(len(listing.keys), lambda: _image_set(_pack(listing, cfg, folder), cfg))
+
+
+def _pack(listing: Listing, cfg: DataConfig, folder: Path | None) -> Pack:
+    """The images of a listing, decoded or to be decoded, as `cfg.decode` says."""
+    images = None
+    if folder is None:
+        images = StreamedImages(listing, cfg)
+    elif listing.pixels is not None and listing.pixels.shape[1:] == (cfg.image_size, cfg.image_size):
+        images = torch.from_numpy(listing.pixels)[:, None].repeat(1, cfg.channels, 1, 1)  # (n, C, H, H)
+    elif cfg.decode == "on-the-fly":
+        images = LazyImages(listing, cfg)
+    if images is None:
+        return _decoded(listing, cfg, folder)
+    return Pack(images, torch.from_numpy(listing.labels), listing.class_names, [], listing.left_out)
+
+
+def _image_set(pack: Pack, cfg: DataConfig) -> ImageSet:
+    """What training gets of a pack; what is not in it is reported."""
+    if pack.left_out and on_main():
+        logger.warning("%s: left out are %s.", cfg.source, describe(pack.left_out))
     if pack.broken and on_main():
         logger.warning(
             "%s: %d of %d images are broken and left out: %s",
@@ -207,12 +242,26 @@ def augment(
 def _listing(cfg: DataConfig, split: str) -> Listing:
     listing = list_stream(cfg, split) if cfg.decode == "stream" else list_images(cfg, split)
     if not listing.keys:
-        raise ValueError(f"data.source={cfg.source!r} has no images for {split!r}.")
+        raise ValueError(_no_images(cfg, split, listing))
     if 0 < cfg.limit < len(listing.keys):
         # Not the first ones: many sources are sorted by class.
         order = torch.randperm(len(listing.keys), generator=torch.Generator().manual_seed(0))
         listing = listing.select(order[: cfg.limit].sort().values.numpy())
     return listing
+
+
+def _no_images(cfg: DataConfig, split: str, listing: Listing) -> str:
+    text = f"data.source={cfg.source!r} has no images for {split!r}"
+    if listing.left_out:
+        text += f" (left out are {describe(listing.left_out)})"
+    if split == "train":
+        return f"{text}."
+    if listing.shared:
+        return (
+            f"{text}: a tenth of each class is held out, which takes two images. Add images, or name a split to "
+            "measure on with data.eval_split."
+        )
+    return f"{text}: set data.eval_split to the same as data.train_split to hold out a tenth."
 
 
 def _decoded(listing: Listing, cfg: DataConfig, folder: Path) -> Pack:
@@ -229,7 +278,8 @@ def _decoded(listing: Listing, cfg: DataConfig, folder: Path) -> Pack:
             )
     images, good = _in_memory(listing, cfg)
     broken = [listing.keys[i] for i in np.flatnonzero(~good)]
-    return Pack(torch.from_numpy(images), torch.from_numpy(listing.labels[good]), listing.class_names, broken)
+    labels = torch.from_numpy(listing.labels[good])
+    return Pack(torch.from_numpy(images), labels, listing.class_names, broken, listing.left_out)
 
 
 def _in_memory(listing: Listing, cfg: DataConfig) -> tuple[np.ndarray, np.ndarray]:

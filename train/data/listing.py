@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class Listing:
     labels: np.ndarray  # (n,) int64, in 0..len(class_names)-1
     class_names: list[str]  # the same for every split of a source
     pixels: np.ndarray | None = None  # (n, h, w) uint8, if the source has them as they are, grey
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # what does not count, by the reason
+    shared: bool = False  # by training and evaluation, which had no splits of their own
 
     def select(self, chosen: np.ndarray) -> Listing:
         """The images at the positions `chosen`, (m,) int64, in that order."""
@@ -69,7 +71,7 @@ def take_part(listing: Listing, split: str) -> Listing:
         members = np.flatnonzero(listing.labels == label)
         count = max(1, round(HELD_OUT * len(members))) if len(members) > 1 else 0
         held_out[members[np.argsort(digests[members], kind="stable")[:count]]] = True
-    return listing.select(np.flatnonzero(held_out == (split == "eval")))
+    return replace(listing.select(np.flatnonzero(held_out == (split == "eval"))), shared=True)
 
 
 def files_by_split(cfg: DataConfig, files: list[str], folder: str | Path | None) -> dict[str, list[str]] | None:

@@ -11,13 +11,15 @@ depends on seed and step alone, as with one source.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..configs.config import DataConfig
-from .images import ImageSet, load_images
+from .images import Found, ImageSet, find_images
+from .order import check_batch
 
 
 def load_mixed(cfg: DataConfig, split: str) -> dict[str, ImageSet]:
@@ -26,13 +28,35 @@ def load_mixed(cfg: DataConfig, split: str) -> dict[str, ImageSet]:
     Raises:
         FileNotFoundError, ValueError: as `load_images`; which source it is, if not the first, stands in front.
     """
-    found = {"": load_images(cfg, split)}
-    for name, other in cfg.mixed().items():
-        try:
-            found[name] = load_images(other, split)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"data.mix.{name}: {error}") from error
+    return {name: found.load() for name, found in _find_mixed(cfg, split).items()}
+
+
+def load_mixed_splits(cfg: DataConfig, batch_size: int = 1) -> tuple[dict[str, ImageSet], dict[str, ImageSet]]:
+    """As `images.load_splits`, of all sources: what is wrong with one of them is said before any image is decoded."""
+    train, heldout = _find_mixed(cfg, "train"), _find_mixed(cfg, "eval")
+    for (name, found), count in zip(train.items(), cfg.images_a_step(batch_size), strict=True):
+        with _named(name):
+            check_batch(found.count, count)
+    return tuple({name: found.load() for name, found in split.items()} for split in (train, heldout))
+
+
+def _find_mixed(cfg: DataConfig, split: str) -> dict[str, Found]:
+    found = {}
+    for name, own in {"": cfg, **cfg.mixed()}.items():
+        with _named(name):
+            found[name] = find_images(own, split)
     return found
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Puts in front of an error which source it is, if not the first."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if not name:
+            raise
+        raise ValueError(f"data.mix.{name}: {error}") from error
 
 
 class MixedImages:

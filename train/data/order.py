@@ -30,6 +30,12 @@ def in_proportion(counts: torch.Tensor, n: int) -> torch.Tensor:
     return labels[order].repeat(n // len(labels) + 1)[:n]
 
 
+def check_batch(n: int, batch_size: int) -> None:
+    """Raises a `ValueError` if n images do not make up one batch."""
+    if n < batch_size:
+        raise ValueError(f"There are {n} images, fewer than one batch of {batch_size}: lower batch_size.")
+
+
 def step_indices(
     n: int, batch_size: int, seed: int, step: int, epoch_order: Callable[[int, int], torch.Tensor] | None = None
 ) -> torch.Tensor:
@@ -47,10 +53,8 @@ def step_indices(
     Raises:
         ValueError: if the images do not make up one batch.
     """
-    steps_per_epoch = n // batch_size
-    if steps_per_epoch == 0:
-        raise ValueError(f"There are {n} images, fewer than one batch of {batch_size}: lower batch_size.")
-    epoch, position = divmod(step, steps_per_epoch)
+    check_batch(n, batch_size)
+    epoch, position = divmod(step, n // batch_size)
     order = epoch_order(seed, epoch) if epoch_order else _permutation(n, seed, epoch)
     return order[position * batch_size : (position + 1) * batch_size].clone()
 

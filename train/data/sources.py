@@ -8,8 +8,8 @@ import hashlib
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterator
-from glob import glob
+from collections.abc import Callable
+from glob import escape, glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from ..configs.config import DataConfig
+from .folders import class_folders, parquet_files, walk
 from .listing import (
-    SPLIT_NAMES,
     Listing,
     check_columns,
     classes_of,
@@ -47,6 +47,7 @@ FASHION_MNIST_CLASSES = [
     "Bag",
     "Ankle boot",
 ]
+CLASS_FOLDERS = 2  # to be raised when `folders` changes what counts: packs made before are made anew
 FASHION_MNIST_SIZE = 32  # 28 pixels and a black margin: unlike 28, patches of 8 or 16 pixels tile it
 
 
@@ -63,10 +64,12 @@ def list_images(cfg: DataConfig, split: str) -> Listing:
             f"data.source={cfg.source!r} is an address, which can only be streamed: set data.decode=stream."
         )
     path = Path(cfg.source).expanduser()
-    if path.is_dir() and next(path.rglob("*.parquet"), None) is None:
-        return _class_folders(cfg, path, split)
-    if path.is_dir() or path.suffix == ".parquet" or "*" in cfg.source:
-        return _parquet(cfg, path, split)
+    if path.is_dir():
+        entries = walk(path)
+        files = parquet_files(cfg, path, entries)
+        return _parquet(cfg, files, path, split) if files else class_folders(cfg, path, entries, split)
+    if path.suffix == ".parquet" or "*" in cfg.source:
+        return _parquet(cfg, _matching(path), None, split)
     if path.exists() or not is_hub_id(cfg.source):
         what = "is a file, but not Parquet" if path.exists() else "does not exist"
         raise FileNotFoundError(
@@ -82,13 +85,17 @@ def source_version(cfg: DataConfig) -> str:
     Raises:
         ValueError: the Hub has no such data set.
     """
-    path, files = Path(cfg.source).expanduser(), []
+    path = Path(cfg.source).expanduser()
     if cfg.source == "fashion-mnist":
         path = _fashion_mnist_root(cfg)
     if path.is_dir():
-        files = _walk(str(path), set())
-    elif path.exists() or not is_hub_id(cfg.source):
-        files = [(name, os.stat(name)) for name in glob(str(path), recursive=True)]
+        entries = walk(path)
+        found = [("/".join(entry.parts), entry.size, entry.time) for entry in entries if not entry.left_out]
+        if cfg.source != "fashion-mnist" and not parquet_files(cfg, path, entries):
+            found.append(("class folders", CLASS_FOLDERS, 0))
+        return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
+    if path.exists() or not is_hub_id(cfg.source):
+        files = [(name, os.stat(name)) for name in _matching(path)]
     else:
         rows = [_load(cfg.source, split=name) for name in (cfg.train_split, cfg.eval_split)]
         return " ".join(part._fingerprint for part in rows)
@@ -96,21 +103,9 @@ def source_version(cfg: DataConfig) -> str:
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
-def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, os.stat_result]]:
-    """All files below a folder that are not hidden; links are followed, each folder once."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            try:
-                stat = entry.stat()
-            except FileNotFoundError:  # a link to nowhere
-                continue
-            if not entry.is_dir():
-                yield entry.path, stat
-            elif (stat.st_dev, stat.st_ino) not in seen:
-                seen.add((stat.st_dev, stat.st_ino))
-                yield from _walk(entry.path, seen)
+def _matching(path: Path) -> list[str]:
+    """The file of that name, or those that match it as a pattern."""
+    return [str(path)] if path.is_file() else sorted(glob(str(path), recursive=True))
 
 
 # Fashion-MNIST --------------------------------------------------------------------------------------------
@@ -160,63 +155,18 @@ def _read_idx(root: Path, name: str, dimensions: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-# Folders --------------------------------------------------------------------------------------------------
-
-
-def _class_folders(cfg: DataConfig, root: Path, split: str) -> Listing:
-    """ROOT/SPLIT/CLASS/**/image, or ROOT/CLASS/**/image."""
-    has_splits = (root / cfg.train_split).is_dir()
-    train_root = root / cfg.train_split if has_splits else root
-    own_root = root / own_split(cfg, split) if has_splits else root
-    if not own_root.is_dir():
-        raise FileNotFoundError(
-            f"{root} has no folder {own_root.name!r} but {quoted(_folders(root))}: set data.eval_split to "
-            "one of these, or to the same as data.train_split to hold out a tenth."
-        )
-    class_names = _folders(train_root)  # the training split alone decides which classes there are
-    if not class_names:
-        raise ValueError(f"{train_root} has no class folders: put the images of each class in its own.")
-    if not has_splits and SPLIT_NAMES & {name.lower() for name in class_names}:
-        raise ValueError(
-            f"{root} has folders named like splits, {quoted(class_names)}, but not data.train_split="
-            f"{cfg.train_split!r}: set data.train_split and data.eval_split to their names."
-        )
-    unknown = sorted(set(_folders(own_root)) - set(class_names))
-    if unknown:
-        raise ValueError(f"{own_root} has classes that {train_root} has not: {quoted(unknown)}.")
-    suffixes = set(Image.registered_extensions())
-    paths, labels = [], []
-    for label, name in enumerate(class_names):
-        found = sorted(
-            path
-            for path in (own_root / name).rglob("*")
-            if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
-        )
-        paths += found
-        labels += [label] * len(found)
-    keys = [path.relative_to(own_root).as_posix() for path in paths]
-    listing = Listing(lambda i: Image.open(paths[i]), keys, np.array(labels, np.int64), class_names)
-    shared = not has_splits or cfg.train_split == cfg.eval_split
-    return take_part(listing, split) if shared else listing
-
-
-def _folders(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
 # Parquet and the Hub --------------------------------------------------------------------------------------
 
 
-def _parquet(cfg: DataConfig, path: Path, split: str) -> Listing:
-    files = sorted(map(str, path.rglob("*.parquet")) if path.is_dir() else glob(str(path), recursive=True))
-    by_split = files_by_split(cfg, files, path if path.is_dir() else None)
+def _parquet(cfg: DataConfig, files: list[str], folder: Path | None, split: str) -> Listing:
+    by_split = files_by_split(cfg, files, folder)
     if by_split is None:
-        rows = _load("parquet", data_files=files, split="train")
+        rows = _load("parquet", files=files, split="train")
         return take_part(_rows(cfg, rows, lambda: rows), split)
 
     def load(name: str) -> "datasets.Dataset":
         # "train" is what the Parquet builder calls whatever it is given.
-        return _load("parquet", data_files=by_split[name], split="train")
+        return _load("parquet", files=by_split[name], split="train")
 
     return _split_of(cfg, split, load)
 
@@ -227,16 +177,17 @@ def _split_of(cfg: DataConfig, split: str, load: Callable[[str], "datasets.Datas
     return take_part(listing, split) if cfg.train_split == cfg.eval_split else listing
 
 
-def _load(source: str, **arguments) -> "datasets.Dataset":
+def _load(source: str, split: str, files: list[str] | None = None) -> "datasets.Dataset":
     import datasets  # takes seconds, and Fashion-MNIST and folders do without
 
     try:
-        return datasets.load_dataset(source, **arguments)
+        # Names of files would be taken for patterns.
+        more = {"data_files": [escape(name) for name in files]} if files else {}
+        return datasets.load_dataset(source, split=split, **more)
     except Exception as error:  # each builder and each layer of the network raises kinds of its own
-        files = arguments.get("data_files")
         what = quoted(files, 3) if files else f"{source!r} (no folder here, so taken for a Hub id)"
         raise ValueError(
-            f"`datasets` cannot load split {arguments['split']!r} of {what}, {reason(error)}: check data.source, "
+            f"`datasets` cannot load split {split!r} of {what}, {reason(error)}: check data.source, "
             "data.train_split and data.eval_split."
         ) from error
 

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from ..configs.config import DataConfig
 from .decoding import LazyImages, ReadError
+from .folders import parquet_files, walk
 from .listing import (
     Listing,
     check_columns,
@@ -166,8 +167,12 @@ def _find(cfg: DataConfig) -> Found:
     with _clear(cfg):
         fs, path = fsspec.core.url_to_fs(cfg.source if "://" in cfg.source else str(local))
         folder = path if fs.isdir(path) else None
-        found = sorted(fs.find(path) if folder else fs.glob(path))
-    files = [file for file in found if file.endswith(".parquet")]
+        if "://" not in cfg.source and folder:
+            found = walk(local)
+            files = parquet_files(cfg, local, found)
+        else:
+            found = [path] if fs.isfile(path) else sorted(fs.find(path) if folder else fs.glob(path))
+            files = [file for file in found if file.endswith(".parquet")]
     if found and not files:
         raise not_parquet
     by_split = files_by_split(cfg, files, folder)

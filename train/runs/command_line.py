@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from ..configs.config import Config, DataConfig, config_to_dict, load_config
-from ..data.images import ImageSet, load_images
-from ..data.mixing import load_mixed
+from ..configs.config import Config, config_to_dict, load_config
 from .checkpoints import first_line
 
 T = TypeVar("T")
@@ -100,18 +98,9 @@ def clear_errors() -> Iterator[None]:
         raise SystemExit(text) from error
 
 
-def read_split(config: Config, split: str) -> ImageSet:
-    """The images of split "train" or "eval"; an unfit source ends the program with the one sentence about it."""
-    return _read(load_images, config, split)
-
-
-def read_mixed_split(config: Config, split: str) -> dict[str, ImageSet]:
-    """As `read_split`, of all sources that the tokenizer learns: by name, data.source under ""."""
-    return _read(load_mixed, config, split)
-
-
-def _read(load: Callable[[DataConfig, str], T], config: Config, split: str) -> T:
+def read(load: Callable[..., T], *arguments: Any) -> T:
+    """What `load` gives, one of the functions that load images; an unfit source ends the program with its sentence."""
     try:
-        return load(config.data, split)
+        return load(*arguments)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error

@@ -173,7 +173,7 @@ def test_unfit_folders_say_what_would_be_right(tmp_path, monkeypatch):
     write_folders(tmp_path / "b" / "validation", {"cat": 1})
     assert "set data.train_split" in sentence(tmp_path / "b")
     (tmp_path / "c" / "cat").mkdir(parents=True)
-    assert "no images for 'train'" in sentence(tmp_path / "c")
+    assert "no class folders with images" in sentence(tmp_path / "c")
     assert "does not exist" in sentence(tmp_path / "nowhere", FileNotFoundError)
     monkeypatch.chdir(tmp_path / "flat")  # where the name alone could be one on the Hub
     assert "not Parquet" in sentence("a.png", FileNotFoundError)
