@@ -28,7 +28,7 @@ KEPT_SAMPLES = 64
 PREVIEW_SIDE = 256
 THUMBNAIL_SIDE = 128
 NUM_SAMPLE_EXAMPLES = 4
-EXAMPLES = Path(__file__).parents[2] / "assets" / "examples"
+EXAMPLES = Path(__file__).parent / "examples"
 EXAMPLE_FILES = {path.stem: path for path in sorted(EXAMPLES.glob("*")) if path.suffix in (".png", ".jpg", ".webp")}
 
 

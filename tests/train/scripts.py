@@ -31,7 +31,7 @@ from typing import NoReturn
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 60  # seconds a run may take
+TIMEOUT = 240  # seconds a run may take: a hung one is stopped, a slow machine is none
 
 
 class ScriptRun:

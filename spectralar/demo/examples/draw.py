@@ -1,4 +1,4 @@
-"""Draws the examples that are not photographs: python assets/examples/draw.py"""
+"""Draws the examples that are not photographs: python spectralar/demo/examples/draw.py"""
 
 from pathlib import Path
 
