@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .layers import Block, KVCache, init_weights
 from .quantizer import FiniteScalarQuantizer, QuantizerOutput, VectorQuantizer, nested_codebook_sizes
-from .spectral import check_cutoffs, cutoff_schedule, low_pass
+from .shortcut import RunningSpectrum, SpectralShortcut
+from .spectral import check_cutoffs, cutoff_schedule, idct2, low_pass
 
 # One key/value pair (B, heads, k, head_dim) for each decoder layer.
 LayerKV = list[tuple[Tensor, Tensor]]
@@ -73,7 +74,10 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
             all. None or empty: a cosine codebook.
         cutoffs: r_1, ..., r_N in place of alpha's law, non-decreasing, from 1 to r_N = H, such as
             `spectral.data_cutoffs` gives. None or empty: alpha's law.
-        hidden_size, num_heads, encoder_layers, decoder_layers, mlp_ratio: size of the two ViTs.
+        hidden_size, num_heads, encoder_layers, decoder_layers, mlp_ratio: size of the two ViTs. With a shortcut the
+            encoder may have no layers: it is then the shortcut alone.
+        spectral_shortcut: tokens describe what earlier ones left over of the spectrum, in subspaces fitted to data,
+            and the two ViTs learn what to add to that, see `shortcut.SpectralShortcut`. Needs the cosine codebook.
     """
 
     _supports_gradient_checkpointing = True
@@ -97,6 +101,7 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
         fsq_levels: list[int] | None = None,
         cutoffs: list[int] | None = None,
+        spectral_shortcut: bool = False,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False  # see `enable_gradient_checkpointing`
@@ -115,12 +120,21 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         self.num_patches = self._grid**2
         patch_dim = in_channels * patch_size**2
 
-        self.patch_embed = nn.Linear(patch_dim, hidden_size)
-        self.patch_position = nn.Parameter(torch.empty(self.num_patches, hidden_size))
-        self.queries = nn.Parameter(torch.empty(num_tokens, hidden_size))
-        self.encoder = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(encoder_layers))
-        self.encoder_norm = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.to_latent = nn.Linear(hidden_size, codebook_dim)
+        self.shortcut = None
+        if spectral_shortcut:
+            if codebook_sizes or fsq_levels:
+                raise ValueError("spectral_shortcut needs a plain codebook: set no codebook_sizes and no fsq_levels.")
+            self.shortcut = SpectralShortcut(self.cutoffs, image_size, in_channels, codebook_dim)
+            self.base_embed = nn.Linear(patch_dim, hidden_size)
+        elif encoder_layers < 1:
+            raise ValueError("encoder_layers must be at least 1 without spectral_shortcut.")
+        if encoder_layers:
+            self.patch_embed = nn.Linear(patch_dim, hidden_size)
+            self.patch_position = nn.Parameter(torch.empty(self.num_patches, hidden_size))
+            self.queries = nn.Parameter(torch.empty(num_tokens, hidden_size))
+            self.encoder = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(encoder_layers))
+            self.encoder_norm = nn.LayerNorm(hidden_size, eps=1e-6)
+            self.to_latent = nn.Linear(hidden_size, codebook_dim)
 
         self.quantizer: VectorQuantizer | FiniteScalarQuantizer
         if fsq_levels is None:
@@ -149,11 +163,15 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         init_weights(self)
         # As large as what is added to them. With the usual 0.02 the first attention output drowns them: queries and
         # mask tokens are then all alike, and telling them apart again took three times as many steps.
-        for parameter in (self.patch_position, self.queries, self.token_position, self.mask_tokens):
+        added = [self.token_position, self.mask_tokens]
+        for parameter in [self.patch_position, self.queries, *added] if self.config.encoder_layers else added:
             nn.init.normal_(parameter, std=0.5)
         nn.init.normal_(self.from_latent.weight, std=0.5)  # entries are unit vectors
         nn.init.zeros_(self.seam_conv[-1].weight)
         nn.init.zeros_(self.seam_conv[-1].bias)
+        if self.shortcut is not None:  # the networks start as nothing beside it
+            for layer in (self.to_latent, self.to_pixels) if self.config.encoder_layers else (self.to_pixels,):
+                nn.init.zeros_(layer.weight)
 
     @property
     def prefix_bits(self) -> list[float]:
@@ -166,11 +184,24 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
     def latents(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
         """Continuous latents before quantization: images (B, C, H, H) in [-1, 1] -> (B, n, d)."""
         n = self._prefix_length(num_tokens)
+        learned = self._learned_latents(images, n) if self.config.encoder_layers else None
+        if self.shortcut is None:
+            return learned
+        with torch.autocast(images.device.type, enabled=False):
+            latents = self.shortcut.latents(images, learned, n, lambda z: self.quantizer.lookup(self.quantizer.encode(z)))
+        return latents if learned is None else latents + (learned - learned.detach())
+
+    def _patches(self, images: Tensor, embed: nn.Linear) -> Tensor:
+        """Embedded patches: (B, C, H, H) -> (B, P, D)."""
         batch, patch, grid = images.shape[0], self.config.patch_size, self._grid
         x = images.reshape(batch, self.config.in_channels, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
-        x = x.reshape(batch, self.num_patches, self.patch_embed.in_features)  # (B, P, C p p)
-        x = self.patch_embed(x.to(self.patch_embed.weight.dtype))  # (B, P, D)
-        x = x + self.patch_position
+        x = x.reshape(batch, self.num_patches, embed.in_features)  # (B, P, C p p)
+        return embed(x.to(embed.weight.dtype))  # (B, P, D)
+
+    def _learned_latents(self, images: Tensor, n: int) -> Tensor:
+        """What the encoder's ViT makes of images (B, C, H, H): (B, n, d)."""
+        batch = images.shape[0]
+        x = self._patches(images, self.patch_embed) + self.patch_position
         x = torch.cat([x, self.queries[:n].expand(batch, -1, -1).to(x.dtype)], dim=1)  # (B, P + n, D)
         mask = encoder_mask(self.num_patches, n, x.device)
         for block in self.encoder:
@@ -212,7 +243,7 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         available = codes.shape[1]
         if num_tokens is None or isinstance(num_tokens, Integral):
             k = self._prefix_length(available if num_tokens is None else num_tokens, available)
-            return self._decode_prefixes(self._token_kv(self._embed(codes[:, :k])), [k])[:, 0]
+            return self._decode_prefixes(self.quantizer.lookup(codes[:, :k]), [k])[:, 0]
         if isinstance(num_tokens, Tensor):
             if num_tokens.shape != (codes.shape[0],):
                 raise ValueError(f"a tensor of prefix lengths must have shape ({codes.shape[0]},), one an image.")
@@ -220,11 +251,22 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
             lengths = num_tokens.to(codes.device).unsqueeze(1)  # (B, 1)
             return self.decode_latents(self.quantizer.lookup(codes[:, :largest]), lengths)[:, 0]
         largest = self._check_lengths(num_tokens, available)
-        return self._decode_prefixes(self._token_kv(self._embed(codes[:, :largest])), num_tokens)
+        return self._decode_prefixes(self.quantizer.lookup(codes[:, :largest]), num_tokens)
 
-    def _decode_prefixes(self, kv: LayerKV, lengths: Sequence[int]) -> Tensor:
-        """Images (B, S, C, H, H) at S prefix lengths of tokens whose keys and values are known, some at a time."""
-        batch, device = kv[0][0].shape[0], kv[0][0].device
+    def _decode_prefixes(
+        self,
+        quantized: Tensor,
+        lengths: Sequence[int],
+        kv: LayerKV | None = None,
+        running: RunningSpectrum | None = None,
+    ) -> Tensor:
+        """Images (B, S, C, H, H) at S prefix lengths of quantized latents (B, n, d), some at a time.
+
+        kv: keys and values of those tokens, and running: what is known of their spectra, if they were met before.
+        """
+        kv = self._token_kv(self._embed_latents(quantized)) if kv is None else kv
+        running = RunningSpectrum(self.shortcut) if running is None and self.shortcut is not None else running
+        batch, device = quantized.shape[0], quantized.device
         rows = ROWS_AT_ONCE.get(device.type, ROWS_AT_ONCE_ELSEWHERE)
         count = max(1, rows // max(1, batch * self.num_patches))
         frames = []
@@ -234,14 +276,19 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
             visible = None
             if len(some) > 1:
                 visible = _below(torch.tensor(some, dtype=torch.int64, device=device), longest)  # (s, n)
-            frames.append(self._render(seen, self._cutoff_tensor(some, device), visible))
+            base = None if running is None else running.at(quantized, some)
+            frames.append(self._render(seen, self._cutoff_tensor(some, device), visible, base))
         return torch.cat(frames, dim=1)
 
     def decode_latents(self, quantized: Tensor, lengths: Tensor) -> Tensor:
         """Differentiable decode of quantized latents (B, n, d) at lengths (S,) or (B, S) -> (B, S, C, H, H)."""
         kv = self._token_kv(self._embed_latents(quantized))
         visible = _below(lengths.to(quantized.device), quantized.shape[1])  # (..., S, n)
-        return self._render(kv, self._cutoff_tensor(lengths, quantized.device), visible)
+        base = None
+        if self.shortcut is not None:
+            with torch.autocast(quantized.device.type, enabled=False):
+                base = self.shortcut.prefixes(quantized, visible.expand(len(quantized), -1, -1))
+        return self._render(kv, self._cutoff_tensor(lengths, quantized.device), visible, base)
 
     def prefix_decoder(self, batch_size: int) -> PrefixDecoder:
         """A decoder that takes tokens as they arrive, for streaming."""
@@ -258,9 +305,6 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         quantized = self.quantizer(latents)
         seen = quantized.quantized if quantize else self.quantizer.continuous(latents)
         return self.decode_latents(seen, lengths), quantized, latents
-
-    def _embed(self, codes: Tensor, position: int = 0) -> Tensor:
-        return self._embed_latents(self.quantizer.lookup(codes), position)
 
     def _embed_latents(self, quantized: Tensor, position: int = 0) -> Tensor:
         end = position + quantized.shape[1]
@@ -292,21 +336,27 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
         return x + block.mlp(block.norm2(x)), k, v
 
-    def _render(self, kv: LayerKV, cutoffs: Tensor, visible: Tensor | None = None) -> Tensor:
+    def _render(
+        self, kv: LayerKV, cutoffs: Tensor, visible: Tensor | None = None, base: Tensor | None = None
+    ) -> Tensor:
         """Mask tokens look at spectral keys and values; cutoffs (), (S,) or (B, S) -> images (B, S, C, H, H).
 
         visible: (S, n) or (B, S, n), True for the spectral tokens a frame may see; None for all of them.
+        base: the shortcut's spectra (B, S, C, H, H), if there is one. Mask tokens then start from their patch of it.
         """
         batch, frames = kv[0][0].shape[0], (1 if visible is None else visible.shape[-2])
         mask = None
         if visible is not None:
             visible = visible.expand(batch, frames, -1).flatten(0, 1)[:, None, None]  # (B S, 1, 1, n)
             mask = F.pad(visible, (self.num_patches, 0), value=True)  # (B S, 1, 1, P + n): masks see masks
-        # The first layer gets the same from all images: its queries, keys and values are computed once.
+        # Without a shortcut the first layer gets the same from all images: it is computed once, for a batch of 1.
         x = self.mask_tokens.unsqueeze(0)  # (1, P, D)
+        if base is not None:
+            base = idct2(base).flatten(0, 1)  # (B S, C, H, H)
+            x = x + self._patches(base, self.base_embed)
         for block, (token_k, token_v) in zip(self.decoder, kv, strict=True):
             x = self._checkpointed(self._mask_token_layer, block, x, token_k, token_v, frames, mask)
-        return low_pass(self._to_images(x).unflatten(0, (batch, frames)), cutoffs)  # (B, S, C, H, H)
+        return low_pass(self._to_images(x, base).unflatten(0, (batch, frames)), cutoffs)  # (B, S, C, H, H)
 
     @staticmethod
     def _mask_token_layer(
@@ -322,12 +372,13 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
         return x + block.mlp(block.norm2(x))
 
-    def _to_images(self, x: Tensor) -> Tensor:
-        """Mask tokens behind the last layer (B, P, D) -> images (B, C, H, H), not yet band-limited."""
+    def _to_images(self, x: Tensor, base: Tensor | None = None) -> Tensor:
+        """Mask tokens behind the last layer (B, P, D), and what they add to -> (B, C, H, H), not yet band-limited."""
         x = self.to_pixels(self.decoder_norm(x))  # (B, P, C p p)
         grid, patch, channels = self._grid, self.config.patch_size, self.config.in_channels
         x = x.view(x.shape[0], grid, grid, channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
         x = x.reshape(x.shape[0], channels, grid * patch, grid * patch)  # (B, C, H, H)
+        x = x if base is None else x + base.to(x.dtype)
         return x + self.seam_conv(x)
 
     def _checkpointed(self, function: Callable, *args: Any) -> Any:
@@ -387,6 +438,8 @@ class PrefixDecoder:
         config = tokenizer.config
         self.length = 0
         self._kv: LayerKV = []
+        self._quantized = tokenizer.token_position.new_empty(batch_size, 0, config.codebook_dim)
+        self._running = None if tokenizer.shortcut is None else RunningSpectrum(tokenizer.shortcut)
         self._cache = KVCache(
             config.decoder_layers, batch_size, config.num_heads, config.num_tokens,
             config.hidden_size // config.num_heads, like=tokenizer.token_position,
@@ -404,7 +457,9 @@ class PrefixDecoder:
                 f"codes must have shape ({batch}, T), T >= 1, and be no more than {limit} with the {self.length} "
                 f"before them; got {tuple(codes.shape)}."
             )
-        tokens = self.tokenizer._embed(codes, self.length)
+        quantized = self.tokenizer.quantizer.lookup(codes)
+        self._quantized = torch.cat([self._quantized, quantized], dim=1)
+        tokens = self.tokenizer._embed_latents(quantized, self.length)
         self._kv = self.tokenizer._token_kv(tokens, self._cache, self.length)
         self.length += codes.shape[1]
 
@@ -418,7 +473,7 @@ class PrefixDecoder:
         if not self.length:
             raise ValueError("append at least one code before asking for a frame.")
         self.tokenizer._check_lengths(lengths, self.length)
-        return self.tokenizer._decode_prefixes(self._kv, lengths)
+        return self.tokenizer._decode_prefixes(self._quantized, lengths, self._kv, self._running)
 
     def frame(self) -> Tensor:
         """The image (B, C, H, H) of the prefix so far."""

@@ -33,6 +33,7 @@ from .data.order import evenly
 from .objectives.adversarial import AdversarialTerm
 from .objectives.losses import PerceptualTerm
 from .objectives.nested import nested_loss, sample_lengths
+from .objectives.shortcut import fit, images_to_fit
 from .runs.checkpoints import publish
 from .runs.command_line import clear_errors, parse_arguments, read
 from .runs.engine import Run, image_grid, make_ema
@@ -98,20 +99,31 @@ def pixel_terms(
     return terms, facts
 
 
+def sample_to_fit(config: Config, sources: dict[str, ImageSet]) -> Tensor:
+    """Images (n, C, H, H) uint8 that a spectral shortcut is fitted to, of each source as many as its share says."""
+    count = images_to_fit(config.tokenizer.image_size, config.tokenizer.in_channels)
+    shares = config.data.images_a_step(config.train_tokenizer.batch_size)
+    counts = [min(len(data), round(count * share / sum(shares))) for data, share in zip(sources.values(), shares)]
+    return torch.cat([data.gather(data.evenly(n)) for data, n in zip(sources.values(), counts, strict=True)])
+
+
 def make_tokenizer(run: Run, config: Config) -> SpectralTokenizer:
     """The tokenizer to train: with random weights or those of a trained one, whose codebook is in use at once."""
     folder, names = config.train_tokenizer.init_from, asdict(config.tokenizer)
+    learns_codes = config.tokenizer.encoder_layers > 0
     try:
         fresh = SpectralTokenizer(**names)
     except ValueError as error:
         run.exit(str(error))
     if not folder:
+        fresh.quantizer.requires_grad_(learns_codes)
         return fresh
     tokenizer = load_tokenizer(Path(folder)).float()
     different = [f"{name}={tokenizer.config[name]}" for name in names if tokenizer.config[name] != fresh.config[name]]
     if different:
         run.exit(f"The tokenizer in {folder} has {', '.join(different)}, other than this run: set the same.")
-    return tokenizer.requires_grad_(True).train()
+    tokenizer.requires_grad_(True).quantizer.requires_grad_(learns_codes)
+    return tokenizer.train()
 
 
 def train(run: Run, config: Config, sources: dict[str, ImageSet], heldout: dict[str, ImageSet]) -> None:
@@ -126,7 +138,8 @@ def train(run: Run, config: Config, sources: dict[str, ImageSet], heldout: dict[
     ema = make_ema(averaged, stage.ema_decay)
     accelerator.register_for_checkpointing(ema)
     revival, revived = None, 0
-    if isinstance(tokenizer.quantizer, VectorQuantizer):
+    learns_codes = config.tokenizer.encoder_layers > 0  # else codes are the shortcut's, and so is the codebook
+    if learns_codes and isinstance(tokenizer.quantizer, VectorQuantizer):
         tokenizer.quantizer.rotation_trick = stage.rotation_trick
         revival = CodebookRevival(tokenizer.quantizer, stage.revive_after, stage.seed)
         accelerator.register_for_checkpointing(revival)
@@ -139,9 +152,12 @@ def train(run: Run, config: Config, sources: dict[str, ImageSet], heldout: dict[
         share = f"{count} images a step from {name or 'data.source'}: " if len(sources) > 1 else ""
         run.print(share + describe_classes(part.labels, part.class_names, part.class_balance))
 
-    quantize_from = 0 if stage.init_from else stage.quantize_from
+    fitted = tokenizer.shortcut is not None
+    quantize_from = 0 if stage.init_from or fitted else stage.quantize_from
     fetch = run.prefetch(data)
     done = run.resume(train_tokenizer=facts)
+    if fitted and not (done or stage.init_from or run.dry):
+        fit(tokenizer, sample_to_fit(config, sources), stage.seed, run.is_main)
     ema.to(device)  # a checkpoint is loaded to the CPU
     for step in run.steps(done):
         with run.clock.data():
@@ -166,7 +182,7 @@ def train(run: Run, config: Config, sources: dict[str, ImageSet], heldout: dict[
                 losses = nested_loss(frames, x, mine, cutoffs, stage.prefix_weight, stage.largest_boost)
                 losses |= {"codebook": quantized.codebook_loss, "commitment": quantized.commitment_loss}
                 quantizer = losses["codebook"] + stage.commitment * losses["commitment"]
-                loss = losses["full"] + losses["prefix"] + stage.quantizer_weight * quantize * quantizer
+                loss = losses["full"] + losses["prefix"] + stage.quantizer_weight * quantize * learns_codes * quantizer
                 for term in at_work:
                     values, weighted = term(frames, x, own, losses["full"], synchronise)
                     losses, loss = losses | values, loss + weighted

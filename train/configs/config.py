@@ -51,6 +51,7 @@ MAY_BE_ZERO = {
     "lecam_weight",
     "alpha",
     "early_stopping",
+    "encoder_layers",
 }
 
 
@@ -128,9 +129,10 @@ class TokenizerConfig:
     fsq_levels: list[int] = field(default_factory=list)  # values a dimension, K in all; [] = a learned cosine codebook
     hidden_size: int = 144  # width of encoder and decoder
     num_heads: int = 4  # attention heads; divides hidden_size
-    encoder_layers: int = 4  # blocks
+    encoder_layers: int = 4  # blocks; with a spectral shortcut 0 = the shortcut alone encodes
     decoder_layers: int = 4  # blocks
     mlp_ratio: float = 4.0  # width of the MLP / hidden_size
+    spectral_shortcut: bool = False  # residual quantization of the spectrum, fitted to data, as the networks' start
 
 
 @dataclass
