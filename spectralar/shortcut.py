@@ -24,9 +24,9 @@ class SpectralShortcut(nn.Module):
         X_k = X_{k-1} + B_k (G_k e_k + g_k)         the spectrum so far, within cutoff r_k
 
     The d - 1 columns of B_k are orthonormal and span where the residuals of a data set are largest (its principal
-    components), s_k is their root mean square, and G_k, g_k is the least-squares way back. The constant `lift` is there
-    because entries are found by angle: a small residual points to it, a large one away from it. h_k is what the
-    encoder's network adds, if the tokenizer has one.
+    components), s_k is their root mean square, and G_k, g_k is the least-squares way back. The constant `lift` is
+    there because entries are found by angle: a small residual points to it, a large one away from it. h_k is what
+    the encoder's network adds, if the tokenizer has one.
 
     Nothing in here takes a gradient. `train.shortcut` fits it in minutes, after which any prefix already decodes to
     near the Gaussian rate-distortion bound of the data; what is learned then starts from there. Not in the paper.
@@ -69,7 +69,7 @@ class SpectralShortcut(nn.Module):
 
     def begin(self, batch: int) -> Tensor:
         """X_0 of so many images: (B, C, H, H) float32 or better, to be written on."""
-        return at_least_float32(self.mean).expand(batch, -1, -1, -1).contiguous()
+        return at_least_float32(self.mean).repeat(batch, 1, 1, 1)
 
     def analyse(self, spectrum: Tensor, so_far: Tensor, k: int) -> Tensor:
         """z_(k+1) without h: spectra X and X_k (B, C, H, H), of which only the band is read -> (B, d)."""
@@ -79,7 +79,7 @@ class SpectralShortcut(nn.Module):
         return torch.cat([z, z.new_full((len(z), 1), self.lift)], dim=1)
 
     def synthesise(self, entries: Tensor, k: int) -> Tensor:
-        """What token k + 1 adds, B_(k+1) (G e + g): entries (B, d) -> (B, C, r, r), the rest of the spectrum being 0."""
+        """What token k + 1 adds to the band, B_(k+1) (G e + g): entries (B, d) -> (B, C, r, r)."""
         r, gain = self.cutoffs[k], at_least_float32(self.gain[k])
         weights = entries.to(gain.dtype) @ gain[:-1] + gain[-1]  # (B, d - 1)
         return (weights @ self.part(k).to(gain.dtype).T).view(-1, self.channels, r, r)
@@ -109,7 +109,7 @@ class SpectralShortcut(nn.Module):
 
         Differentiable in the entries.
         """
-        spectra = at_least_float32(self.mean).expand(*visible.shape[:2], -1, -1, -1).contiguous()
+        spectra = at_least_float32(self.mean).repeat(*visible.shape[:2], 1, 1, 1)
         for k, r in enumerate(self.cutoffs[: entries.shape[1]]):
             added = self.synthesise(entries[:, k], k).unsqueeze(1)  # (B, 1, C, r, r)
             spectra[..., :r, :r] += added * visible[:, :, k, None, None, None]

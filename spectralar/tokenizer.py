@@ -188,7 +188,8 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         if self.shortcut is None:
             return learned
         with torch.autocast(images.device.type, enabled=False):
-            latents = self.shortcut.latents(images, learned, n, lambda z: self.quantizer.lookup(self.quantizer.encode(z)))
+            nearest = lambda z: self.quantizer.lookup(self.quantizer.encode(z))  # noqa: E731
+            latents = self.shortcut.latents(images, learned, n, nearest)
         return latents if learned is None else latents + (learned - learned.detach())
 
     def _patches(self, images: Tensor, embed: nn.Linear) -> Tensor:

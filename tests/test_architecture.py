@@ -12,7 +12,7 @@ PACKAGES = ("spectralar", "train", "app")
 # A room is a folder or a file; the longest name counts.
 LIBRARY = [
     {"spectralar.spectral", "spectralar.quantizer", "spectralar.layers", "spectralar.sampling"},
-    {"spectralar.inference.compiled"},
+    {"spectralar.inference.compiled", "spectralar.shortcut"},
     {"spectralar.tokenizer", "spectralar.transformer"},
     {"spectralar.inference", "spectralar.interface", "spectralar.analysis"},
     {"spectralar.pipeline"},

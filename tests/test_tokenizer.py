@@ -17,9 +17,24 @@ GRID = {"fsq_levels": [4, 3, 5], "codebook_size": 60, "codebook_dim": 3}
 EXACT = {"rtol": 0, "atol": 1e-11}  # float64: only the order of sums may differ
 
 
-@pytest.fixture(params=[1, 3], ids=["grey", "colour"])
+SHORTCUT = {"spectral_shortcut": True, "alpha": 0.5}
+
+
+KINDS = {"grey": (1, {}), "colour": (3, {}), "shortcut": (1, SHORTCUT)}
+ALL_KINDS = {**KINDS, "shortcut-alone": (3, {**SHORTCUT, "encoder_layers": 0})}
+
+
+@pytest.fixture(params=ALL_KINDS)
 def tokenizer(request) -> SpectralTokenizer:
-    return tiny_tokenizer(request.param).double()
+    channels, config = ALL_KINDS[request.param]
+    return tiny_tokenizer(channels, **config).double()
+
+
+@pytest.fixture(params=KINDS)
+def learned(request) -> SpectralTokenizer:
+    """A tokenizer whose encoder has a network."""
+    channels, config = KINDS[request.param]
+    return tiny_tokenizer(channels, **config).double()
 
 
 def images_for(tokenizer: SpectralTokenizer, batch: int = 3) -> torch.Tensor:
@@ -52,37 +67,37 @@ def test_codes(tokenizer):
 
 
 @pytest.mark.parametrize("k", [1, 5, N - 1])
-def test_codes_do_not_depend_on_later_queries(tokenizer, k):
-    images = images_for(tokenizer, 8)
-    latents, codes = tokenizer.latents(images), tokenizer.encode(images)
-    torch.testing.assert_close(tokenizer.latents(images, k), latents[:, :k], **EXACT)  # dropped
-    assert torch.equal(tokenizer.encode(images, num_tokens=k), codes[:, :k])
+def test_codes_do_not_depend_on_later_queries(learned, k):
+    images = images_for(learned, 8)
+    latents, codes = learned.latents(images), learned.encode(images)
+    torch.testing.assert_close(learned.latents(images, k), latents[:, :k], **EXACT)  # dropped
+    assert torch.equal(learned.encode(images, num_tokens=k), codes[:, :k])
     with torch.no_grad():
-        tokenizer.queries[k:] += torch.randn_like(tokenizer.queries[k:])  # others
-    changed = tokenizer.latents(images)
+        learned.queries[k:] += torch.randn_like(learned.queries[k:])  # others
+    changed = learned.latents(images)
     torch.testing.assert_close(changed[:, :k], latents[:, :k], **EXACT)
-    assert torch.equal(tokenizer.encode(images)[:, :k], codes[:, :k])
+    assert torch.equal(learned.encode(images)[:, :k], codes[:, :k])
     assert ((changed[:, k:] - latents[:, k:]).abs().amax(dim=(0, 2)) > 1e-3).all()
 
 
-def test_a_code_does_depend_on_earlier_queries(tokenizer):
-    images = images_for(tokenizer)
-    latents = tokenizer.latents(images)
+def test_a_code_does_depend_on_earlier_queries(learned):
+    images = images_for(learned)
+    latents = learned.latents(images)
     with torch.no_grad():
-        tokenizer.queries[0] += torch.randn_like(tokenizer.queries[0])
-    assert ((tokenizer.latents(images) - latents).abs().amax(dim=(0, 2)) > 1e-6).all()
+        learned.queries[0] += torch.randn_like(learned.queries[0])
+    assert ((learned.latents(images) - latents).abs().amax(dim=(0, 2)) > 1e-6).all()
 
 
-def test_patches_never_see_queries(tokenizer):
-    images, seen = images_for(tokenizer), []
-    patches = tokenizer.num_patches
-    for block in tokenizer.encoder:
+def test_patches_never_see_queries(learned):
+    images, seen = images_for(learned), []
+    patches = learned.num_patches
+    for block in learned.encoder:
         block.register_forward_hook(lambda _, inputs, output: seen.append(output[:, :patches]))
-    tokenizer.latents(images)
+    learned.latents(images)
     with torch.no_grad():
-        tokenizer.queries.normal_()
-    tokenizer.latents(images)
-    tokenizer.latents(images, 1)
+        learned.queries.normal_()
+    learned.latents(images)
+    learned.latents(images, 1)
     first, other, few = (torch.stack(seen[i : i + 2]) for i in (0, 2, 4))
     torch.testing.assert_close(first, other, **EXACT)
     torch.testing.assert_close(first, few, **EXACT)
@@ -342,13 +357,13 @@ def test_eight_images_can_be_learned(channels, rotation_trick, quantizer):
     assert error < 0.4 * (images - images.mean(dim=0)).square().mean()
 
 
-def test_gradients_reach_every_parameter(tokenizer):
-    tokenizer = SpectralTokenizer.from_config(tokenizer.config)  # as training starts: the seam filter ends in zeros
-    queries, codebook = tokenizer.queries.detach().clone(), tokenizer.quantizer.codebook.detach().clone()
-    reached, used = train(tokenizer, smooth_images(tokenizer.config.in_channels), 3)
-    assert reached == {name for name, _ in tokenizer.named_parameters()}
-    assert ((tokenizer.queries - queries).abs().amax(dim=1) > 0).all()
-    moved = (tokenizer.quantizer.codebook - codebook).abs().amax(dim=1) > 0
+def test_gradients_reach_every_parameter(learned):
+    learned = SpectralTokenizer.from_config(learned.config)  # as training starts: the seam filter ends in zeros
+    queries, codebook = learned.queries.detach().clone(), learned.quantizer.codebook.detach().clone()
+    reached, used = train(learned, smooth_images(learned.config.in_channels), 3)
+    assert reached == {name for name, _ in learned.named_parameters()}
+    assert ((learned.queries - queries).abs().amax(dim=1) > 0).all()
+    moved = (learned.quantizer.codebook - codebook).abs().amax(dim=1) > 0
     assert set(moved.nonzero().flatten().tolist()) == used
 
 

@@ -103,8 +103,8 @@ def sample_to_fit(config: Config, sources: dict[str, ImageSet]) -> Tensor:
     """Images (n, C, H, H) uint8 that a spectral shortcut is fitted to, of each source as many as its share says."""
     count = images_to_fit(config.tokenizer.image_size, config.tokenizer.in_channels)
     shares = config.data.images_a_step(config.train_tokenizer.batch_size)
-    counts = [min(len(data), round(count * share / sum(shares))) for data, share in zip(sources.values(), shares)]
-    return torch.cat([data.gather(data.evenly(n)) for data, n in zip(sources.values(), counts, strict=True)])
+    parts = zip(sources.values(), shares, strict=True)
+    return torch.cat([data.gather(data.evenly(round(count * share / sum(shares)))) for data, share in parts])
 
 
 def make_tokenizer(run: Run, config: Config) -> SpectralTokenizer:

@@ -16,17 +16,24 @@ from torch import Tensor
 from spectralar.tokenizer import SpectralTokenizer
 
 AGAIN = "run train.encode_dataset again."
+# Parts of a tokenizer that codes do not depend on.
+DECODER = ("from_latent", "token_position", "mask_tokens", "decoder", "to_pixels", "seam_conv", "base_embed")
 
 
 def fingerprint(tokenizer: SpectralTokenizer) -> str:
-    """SHA-256 of a tokenizer's shape and weights, at the half precision they ship in."""
+    """SHA-256 of a tokenizer's shape and of the weights that make codes, at the half precision they ship in.
+
+    The decoder is left out: it may be trained on without the codes, and what learnt them, being made again.
+    """
     digest = hashlib.sha256()
     config = {key: value for key, value in tokenizer.config.items() if not key.startswith("_")}
-    for name in ("fsq_levels", "cutoffs"):
-        if config.get(name) is None:
+    for name in ("fsq_levels", "cutoffs", "spectral_shortcut"):
+        if not config.get(name):
             config.pop(name, None)  # came later: older models keep their fingerprint
     digest.update(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(tokenizer.state_dict().items()):
+        if name.startswith(DECODER):
+            continue
         digest.update(name.encode())
         digest.update(value.detach().half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -103,7 +103,8 @@ def _kmeans(codebook: Tensor, latents: Tensor, fresh: bool, generator: torch.Gen
 
     def drawn(count: int) -> Tensor:
         """So many latents, each once as long as there are enough; a little moved, so that none are equal."""
-        order = torch.cat([torch.randperm(len(latents), generator=generator) for _ in range(count // len(latents) + 1)])
+        rounds = range(count // len(latents) + 1)
+        order = torch.cat([torch.randperm(len(latents), generator=generator) for _ in rounds])
         noise = 0.01 * torch.randn(count, latents.shape[1], generator=generator)
         return F.normalize(latents[order[:count].to(latents.device)] + noise.to(latents.device), dim=-1)
 
