@@ -61,7 +61,7 @@ class SpectralShortcut(nn.Module):
             rows, rank = self.channels * cutoff**2, self.basis.shape[1]
             drawn = torch.randn(rows, rank, generator=generator, dtype=torch.float32, device="cpu")
             self.part(k).copy_(torch.linalg.qr(drawn)[0] if rows >= rank else nn.functional.normalize(drawn, dim=0))
-            self.gain[k, :rank] = torch.eye(rank)
+            self.gain[k, :rank] = torch.eye(rank, dtype=self.gain.dtype, device=self.gain.device)
 
     def part(self, k: int) -> Tensor:
         """B_(k+1), (C r r, d - 1): a view to read and to write."""

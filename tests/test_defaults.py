@@ -21,8 +21,9 @@ FACTORIES = (
 def calls_with_defaults(source: str) -> list[str]:
     """Calls of torch's factories that leave dtype or device to the defaults.
 
-    Parameters of a model are made as torch makes them, so that `torch.device` and dtypes of `from_pretrained` work:
-    inside `__init__` the device may be left out, inside `nn.Parameter` both. `as_tensor` keeps the dtype it is given.
+    Parameters and buffers of a model are made as torch makes them, so that `torch.device` and dtypes of
+    `from_pretrained` work: inside `__init__` the device may be left out, inside `nn.Parameter` and `register_buffer`
+    both. `as_tensor` keeps the dtype it is given.
     """
     found = []
 
@@ -31,7 +32,7 @@ def calls_with_defaults(source: str) -> list[str]:
             needed = {"dtype"} if node.name == "__init__" else {"dtype", "device"}
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            if name == "nn.Parameter":
+            if name in ("nn.Parameter", "self.register_buffer"):
                 needed = set()
             if name.removeprefix("torch.") in FACTORIES and name.startswith("torch."):
                 given = {keyword.arg for keyword in node.keywords}
