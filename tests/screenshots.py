@@ -20,7 +20,8 @@ from playwright.sync_api import Page, sync_playwright
 
 from app import MODELS
 from spectralar.demo.export import animation
-from spectralar.demo.model import Model, find_models
+from spectralar.demo.model import Model
+from spectralar.demo.start import find_models
 from spectralar.demo.page import TABS, build, launch_options
 
 FIGURES = Path(__file__).parent.parent / "assets" / "figures"

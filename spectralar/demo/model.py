@@ -44,6 +44,16 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def check_device(device: str | None) -> None:
+    """Raises a ValueError of one sentence for a device that this machine's torch does not have; None is always one."""
+    if device is None:
+        return
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device {device} is not there: torch finds {best_device()} on this machine.") from None
+
+
 def on_gpu(function: Callable) -> Callable:
     """`spaces.GPU` where the package is there (ZeroGPU lends a GPU for the call); else the function itself."""
     try:
@@ -149,8 +159,3 @@ class Model:
         with torch.no_grad():
             rows = torch.tensor([codes], dtype=torch.int64, device=self.pipe.device)
             return self.pipe.tokenizer.decode(rows, list(range(1, len(codes) + 1)))[0].float().cpu()
-
-
-def find_models(folder: Path) -> list[Path]:
-    """Folders of saved pipelines in `folder`, in alphabetical order."""
-    return sorted(path.parent for path in folder.glob("*/model_index.json"))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from spectralar.demo.model import Model, best_device, find_models, to_pixels
+from spectralar.demo.model import Model, best_device, check_device, to_pixels
 from spectralar.demo.page import build
+from spectralar.demo.start import find_models
 from spectralar.interface.outputs import to_output
 from tests.demo.conftest import tiny_model
 from tests.helpers import tiny_pipeline
