@@ -7,7 +7,6 @@ from typing import Any
 
 import gradio as gr
 import torch
-from gradio.processing_utils import save_bytes_to_cache
 from PIL import Image
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from ..analysis.contributions import Contributions, energy, influence_steps, tok
 from ..analysis.statistics import code_marginals
 from ..interface.image import to_model_input
 from ..spectral import band_energy, dct2, radial_power_spectrum
+from .cache import write_whole
 from .errors import one_sentence, user_error
 from .figures import FORMATS, chart_bytes, figure, listen_to_saves, shown, tables
 from .folder import model_statistics
@@ -269,7 +269,7 @@ def _add_endpoints(model: Model, influence: Influence) -> None:
         """
         with one_sentence():
             data = chart_bytes(dict(analysis_of(image).charts())[figure], file_format)
-        return save_bytes_to_cache(data, f"{figure}.{file_format}", output.GRADIO_CACHE)
+        return write_whole(data, f"{figure}.{file_format}", output.GRADIO_CACHE)
 
     def measure_influence() -> dict[str, Any]:
         """Which radial frequencies move when a token's code is drawn from its position's marginal distribution.

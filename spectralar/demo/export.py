@@ -9,10 +9,10 @@ import math
 from dataclasses import asdict
 
 import numpy as np
-from gradio.processing_utils import save_bytes_to_cache
 from PIL import Image
 
 from .. import __version__
+from .cache import png_bytes, write_whole
 from .runs import Run
 
 EXPORTS = {"png": "PNG sheet", "webp": "Animated WebP", "gif": "GIF", "json": "Codes (JSON)", "py": "Python code"}
@@ -49,12 +49,6 @@ def animation(frames: list[np.ndarray], file_format: str) -> bytes:
     pictures[0].save(
         buffer, file_format, save_all=True, append_images=pictures[1:], duration=duration, loop=0, **options
     )
-    return buffer.getvalue()
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -127,4 +121,4 @@ def export_bytes(run: Run, name: str) -> bytes:
 
 def export_file(run: Run, name: str, cache_folder: str) -> str:
     """Writes one of `EXPORTS` into the folder that Gradio serves and clears; returns the path."""
-    return save_bytes_to_cache(export_bytes(run, name), f"{run.value['name']}.{name}", cache_folder)
+    return write_whole(export_bytes(run, name), f"{run.value['name']}.{name}", cache_folder)

@@ -10,9 +10,9 @@ from string import Template
 from typing import Any
 
 import gradio as gr
-from gradio.processing_utils import save_bytes_to_cache
 
 from ..analysis.chart import LIGHT, Chart
+from .cache import write_whole
 from .errors import one_sentence, user_error
 
 _FOLDER = Path(__file__).parent
@@ -82,7 +82,7 @@ def listen_to_saves(figures: Mapping[str, gr.HTML], charts: gr.State | Mapping[s
             raise user_error("This figure has not been drawn yet.")
         with one_sentence():
             data = chart_bytes(held[name], file_format)
-        return save_bytes_to_cache(data, f"{name.replace('_', '-')}.{file_format}", file.GRADIO_CACHE)
+        return write_whole(data, f"{name.replace('_', '-')}.{file_format}", file.GRADIO_CACHE)
 
     for name, view in figures.items():
 

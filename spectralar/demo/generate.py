@@ -13,6 +13,7 @@ import gradio as gr
 from PIL import Image
 
 from ..sampling import GUIDANCE_SCHEDULES, guidance_curve
+from .cache import PictureOutput
 from .errors import one_sentence, user_error
 from .export import EXPORTS, enlarged, export_file, png_data_url, sheet
 from .links import Link, Linked
@@ -341,5 +342,5 @@ def _add_endpoints(model: Model) -> None:
             gr.Number(DEFAULTS.guidance_scale, label="guidance_scale"),
             gr.Number(n, label="num_tokens", info=f"1 to {n}"),
         ]
-        outputs = [gr.Image(label="sheet", format="png"), gr.JSON(label="numbers")]
+        outputs = [PictureOutput(label="sheet", format="png"), gr.JSON(label="numbers")]
         gr.Button(visible=False).click(generate_sheet, inputs, outputs, api_name="generate_sheet", **options)

@@ -13,6 +13,7 @@ from PIL import Image
 from ..analysis.codecs import prefix_bits
 from ..analysis.quality import SSIM_WINDOW, psnr, ssim
 from ..interface.image import to_model_input
+from .cache import PictureOutput
 from .errors import one_sentence, user_error, whole_number
 from .export import png_data_url
 from .links import Link, Linked
@@ -170,7 +171,7 @@ def _add_endpoints(model: Model) -> None:
     with gr.Group(visible=False):
         image = PhotoInput(label="image", type="pil", image_mode=None)
         num_tokens = gr.Number(n, label="num_tokens", info=f"1 to {n}")
-        output, numbers = gr.Image(label="reconstruction", format="png"), gr.JSON(label="numbers")
+        output, numbers = PictureOutput(label="reconstruction", format="png"), gr.JSON(label="numbers")
         gr.Button(visible=False).click(
             reconstruct, [image, num_tokens], [output, numbers], api_name="reconstruct",
             concurrency_id="tokenizer", concurrency_limit=2,

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ..interface.image import to_model_input
+from .cache import PictureOutput
 from .errors import number, one_sentence, user_error, whole_number
 from .export import sheet
 from .figures import figure, listen_to_saves, shown
@@ -287,7 +288,7 @@ def _add_endpoints(model: Model) -> None:
 
     with gr.Group(visible=False):
         a, b = PhotoInput(label="image_a"), PhotoInput(label="image_b")
-        outputs = [gr.Image(label="picture", format="png"), gr.JSON(label="numbers")]
+        outputs = [PictureOutput(label="picture", format="png"), gr.JSON(label="numbers")]
         tokens = gr.Number(n // 2, label="num_tokens")
         gr.Button(visible=False).click(
             mix, [a, b, tokens], outputs, api_name="mix", concurrency_id="tokenizer", concurrency_limit=2

@@ -13,6 +13,7 @@ import PIL.Image
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..interface.image import to_8_bit
+from .cache import postprocess_whole
 from .errors import user_error
 
 MAX_FILE_MB = 40
@@ -71,6 +72,7 @@ class PhotoInput(gr.Image):
 
     # Drawn by gr.Image's front end. No __init__ here: Gradio sends the browser what stands in its signature.
     is_template = True
+    postprocess = postprocess_whole
 
     def preprocess(self, payload: Any) -> Image.Image | None:
         if payload is None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spectralar.demo.model import Model, best_device, check_device, to_pixels
+from spectralar.demo.model import Model, best_device, to_pixels
 from spectralar.demo.page import build
 from spectralar.demo.start import find_models
 from spectralar.interface.outputs import to_output

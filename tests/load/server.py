@@ -18,7 +18,7 @@ import httpx
 import psutil
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 300  # seconds until the page answers; a busy machine is slow
+PATIENCE = 1200  # seconds until the page answers; a busy machine is slow
 TROUBLE = re.compile(r"^(?:Traceback \(most recent|.*Too little data|.*Exception in ASGI|\w*Error\b).*", re.MULTILINE)
 
 
