@@ -168,7 +168,8 @@ def describe(config: Config, args: argparse.Namespace) -> str:
                 f"grad_accumulation={plan.stage.grad_accumulation}: set another batch_size or other --gpus."
             )
     nodes_text = f", {gpus} on each of {nodes} nodes" if nodes > 1 else ""
-    columns = [dict(stage_rows(plan, args, known)) for plan in stages]
+    shown = config.data.images_a_step(stages[0].stage.batch_size)[0], stages[1].stage.batch_size  # of data.source
+    columns = [dict(stage_rows(plan, args, known, own)) for plan, own in zip(stages, shown, strict=True)]
     width = max(map(len, columns[0]))
     lines = [
         f"{config.name} on {gpus * nodes} {'devices' if args.tflops else args.gpu}{nodes_text}", "",
@@ -180,9 +181,9 @@ def describe(config: Config, args: argparse.Namespace) -> str:
 
 
 def stage_rows(
-    plan: StagePlan, args: argparse.Namespace, known: tuple[int, int, int] | None
+    plan: StagePlan, args: argparse.Namespace, known: tuple[int, int, int] | None, own: int
 ) -> Iterator[tuple[str, str]]:
-    """Names and values of a stage's column."""
+    """Names and values of a stage's column; `own` images a step are of data.source."""
     stage, devices = plan.stage, plan.devices
     yield "parameters", f"{plan.parameters / 1e6:.2f} M"
     yield "images a step", f"{stage.batch_size}"
@@ -195,7 +196,7 @@ def stage_rows(
         yield f"  {name}: activations, gradients", f"{plan.passing_bytes(shards) / GIB:.2f} GiB"
     yield "steps", f"{stage.steps}"
     if known:
-        yield "  epochs", f"{stage.steps * stage.batch_size / known[0]:.1f}"
+        yield "  epochs", f"{stage.steps * own / known[0]:.1f}"
     seconds = plan.hours(peak(stage, args), args.utilisation) * 3600 / stage.steps
     yield f"hours at {args.utilisation:.0%} of the peak", f"{plan.hours(peak(stage, args), args.utilisation):.3g}"
     yield "  a step", f"{seconds * 1e3:.3g} ms"
@@ -214,7 +215,8 @@ def notes(
     data, second = config.data, config.train_transformer
     if known:
         images = sum(known[:2])
-        pixels = images * data.channels * data.image_size**2
+        kept = images + sum(sum(DATA.get(other.source, (0, 0))[:2]) for other in data.mixed().values())
+        pixels = kept * data.channels * data.image_size**2
         if data.source != "fashion-mnist":
             yield f"Disk: {pixels / GIB:.1f} GiB of decoded images (none with data.decode=on-the-fly or stream)."
         if second.codes == "stored":

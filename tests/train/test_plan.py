@@ -196,6 +196,15 @@ def test_the_plan_is_printed(capsys):
     assert "2612334 images encoded" in text
 
 
+def test_sources_that_are_mixed_in_take_their_share_of_the_steps_and_of_the_disk(capsys):
+    main(["tiny-imagenet-64", "train_tokenizer.steps=1000", "data.mix.shoes.source=fashion-products",
+          "data.mix.shoes.share=0.25"])  # fmt: skip
+    text = capsys.readouterr().out
+    (epochs,) = (line.split()[1:] for line in text.splitlines() if line.strip().startswith("epochs"))
+    assert epochs[0] == f"{1000 * 512 * 0.75 / 100_000:.1f}"
+    assert f"{(110_000 + 21_588 + 1_362) * 3 * 64**2 / 2**30:.1f} GiB of decoded images" in text
+
+
 def test_what_does_not_fit_is_said(capsys):
     main(["imagenet-256-d16", "--gpu", "rtx4090"])
     text = capsys.readouterr().out
