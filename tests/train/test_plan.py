@@ -14,6 +14,7 @@ from train.objectives.losses import make_perceptual_loss
 from train.objectives.nested import nested_loss
 from train.objectives.next_token import next_token_loss
 from train.plan import main, make_models, plan_stages
+from train.runs import optimizers
 from train.runs.costs import PERCEPTUAL_FLOPS, extra_flops
 from train.runs.engine import make_ema
 from train.runs.optimizers import make_optimizer
@@ -85,7 +86,8 @@ def test_operations_are_those_counted(preset, checkpointing):
             assert plan.parameters == sum(p.numel() for p in getattr(measured, name).parameters())
 
 
-def test_muon_costs_what_is_counted():
+def test_muon_costs_what_is_counted(monkeypatch):
+    monkeypatch.setattr(optimizers, "fast_dtype", lambda device: torch.bfloat16)  # as on what is planned for
     config = load("fashion-mnist-32")
     adamw = plan_stages(config, 1, CLASSES)
     for stage in (config.train_tokenizer, config.train_transformer):

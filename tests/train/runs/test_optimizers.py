@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import tiny_tokenizer, tiny_transformer
 from train.configs.config import StageConfig
-from train.runs.optimizers import Muon, make_optimizer
+from train.runs import optimizers
+from train.runs.optimizers import Muon, make_optimizer, orthogonalise
 
 MODELS = pytest.mark.parametrize("make", [tiny_tokenizer, tiny_transformer], ids=["tokenizer", "transformer"])
 
@@ -64,6 +65,21 @@ def test_muon_steps_are_orthogonal_and_as_large_as_those_of_adamw():
     singular = torch.linalg.svdvals(step)
     assert singular.max() / singular.min() < 2.5  # the iteration brings them near to 1, not to 1
     assert step.square().mean().sqrt() == pytest.approx(0.2, rel=0.3)  # of AdamW: about 0.2, Liu et al.
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 40), (40, 24), (24, 96), (96, 24), (24, 48)], ids=str)
+@pytest.mark.parametrize("rank", [24, 3])
+def test_orthogonalising_moves_the_singular_values_alone(monkeypatch, shape, rank):
+    monkeypatch.setattr(optimizers, "fast_dtype", lambda device: torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    m, n = shape
+    x = torch.randn(m, rank, generator=generator) @ torch.randn(rank, n, generator=generator)
+    u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    assert ((0.6 < s[:rank]) & (s[:rank] < 1.3)).all()
+    torch.testing.assert_close(orthogonalise(x), (u * s @ v).float(), rtol=0, atol=1e-4)
 
 
 @pytest.fixture(params=[(32, 32), (96, 24), (24, 96)], ids=str)
