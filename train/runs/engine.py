@@ -30,7 +30,7 @@ from ..configs.config import Config, StageConfig, config_to_dict, save_config
 from ..data.images import ImageSet, Prefetch
 from .checkpoints import Checkpoints
 from .clock import StepClock
-from .hardware import fast_dtype
+from .hardware import fast_dtype, keep_freed_memory
 from .optimizers import make_optimizer
 from .sharding import ShardedAverage, averaged_copy, is_sharded, shard, shard_state, whole
 
@@ -102,6 +102,8 @@ class Run:
             project_dir=str(self.folder),
         )
         self.is_main = self.accelerator.is_main_process
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         if stage.mixed_precision == "bf16" and fast_dtype(self.accelerator.device) != torch.bfloat16:
             self.print(f"This CPU has no instructions for bfloat16: train_{stage_name}.mixed_precision=no is faster.")
         if self.accelerator.distributed_type in SHARDED:
