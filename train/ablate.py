@@ -58,7 +58,7 @@ def tables(config: Config) -> dict[str, dict[str, list[str]]]:
         "seeds": {f"seed {seeds[0] + i}": ("", f"seed={seeds[0] + i}") for i in range(3)},
         "nesting": {
             "spectral targets": ("", ""),
-            "spectral targets, equal weights": ("", "largest_boost=1"),
+            "spectral targets, short prefixes weighted up to 8 times": ("", "largest_boost=8"),
             "nested dropout without spectral targets": ("cutoffs=[] alpha=0", ""),
             "no nesting": ("", "prefixes_per_step=0"),
         },
@@ -66,7 +66,7 @@ def tables(config: Config) -> dict[str, dict[str, list[str]]]:
             "half uniform, half powers of two": ("", "prefix_law=mixed"),
             "uniform": ("", "prefix_law=uniform"),
             "powers of two": ("", "prefix_law=powers"),
-            "equal weights": ("", "prefix_law=mixed largest_boost=1"),
+            "short ones weighted up to 8 times": ("", "prefix_law=mixed largest_boost=8"),
             "two sampled a step": ("", "prefix_law=mixed prefixes_per_step=2"),
         },
     }

@@ -193,7 +193,7 @@ class TokenizerStage(StageConfig):
     prefixes_per_step: int = 1  # sampled prefix lengths a step, beside the full one; 0 = no nesting
     prefix_law: str = "mixed"  # of the sampled lengths: "uniform", "powers" (of two), "mixed" = half and half
     prefix_weight: float = 0.5  # weight of a sampled prefix's squared error, times min(largest_boost, H / r_k)
-    largest_boost: float = 8.0  # of prefixes of few coefficients; 1 = equal weights
+    largest_boost: float = 1.0  # of prefixes of few coefficients; 1 = equal weights
     rotation_trick: bool = False  # gradients turned with the latent instead of straight through the quantizer
     quantize_from: int = 200  # steps of plain autoencoding before; the codebook then starts at what is encoded
     revive_after: int = 100  # steps without use after which a code is revived from the batch

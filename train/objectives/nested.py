@@ -23,11 +23,15 @@ def sample_lengths(
 
 
 def nested_loss(
-    frames: Tensor, images: Tensor, lengths: Tensor, cutoffs: Tensor, weight: float = 0.5, largest_boost: float = 8.0
+    frames: Tensor, images: Tensor, lengths: Tensor, cutoffs: Tensor, weight: float = 0.5, largest_boost: float = 1.0
 ) -> dict[str, Tensor]:
-    """Squared errors of frames (B, 1 + S, C, H, H) against the low-passes of images (B, C, H, H), weighted by w_k."""
-    frame_cutoffs = cutoffs[lengths]  # (B, 1 + S)
-    targets = low_pass(images.unsqueeze(1), frame_cutoffs)
-    error = (frames.float() - targets).square().mean(dim=(2, 3, 4))  # (B, 1 + S)
-    weights = weight * (images.shape[-1] / frame_cutoffs).clamp(max=largest_boost)
-    return {"full": error[:, 0].mean(), "prefix": (weights * error)[:, 1:].sum(dim=1).mean()}
+    """Squared errors of frames (B, 1 + S, C, H, H) against the low-passes of images (B, C, H, H), weighted by w_k.
+
+    The first frame is of the full prefix, whose low-pass is the image.
+    """
+    prefix_cutoffs = cutoffs[lengths[:, 1:]]  # (B, S)
+    targets = low_pass(images.unsqueeze(1), prefix_cutoffs)
+    error = (frames[:, 1:].float() - targets).square().mean(dim=(2, 3, 4))  # (B, S)
+    weights = weight * (images.shape[-1] / prefix_cutoffs).clamp(max=largest_boost)
+    full = (frames[:, 0].float() - images).square().mean()
+    return {"full": full, "prefix": (weights * error).sum(dim=1).mean()}

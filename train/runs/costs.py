@@ -95,10 +95,11 @@ class TokenizerCost:
         frame = Flops(
             products=2 * pixels * self.width + 2 * 2 * 9 * 16 * pixels,  # to pixels, and the two seam convolutions
             halves=2 * 2 * self.side * pixels,  # the band limit of the frame
-            constants=2 * 2 * self.side * pixels + 2 * 2 * self.side**3,  # that of its target, and their matrices
+            constants=2 * self.side**3,  # and its matrix
         )
+        target = Flops(constants=2 * 2 * self.side * pixels + 2 * self.side**3)  # of all but the full prefix
         embed = Flops(products=2 * self.tokens * self.latent_dim * self.width)
-        return self.decoder_blocks() + embed + frame * self.frames
+        return self.decoder_blocks() + embed + frame * self.frames + target * (self.frames - 1)
 
     def activations(self, half: bool, checkpointing: bool) -> float:
         """Bytes kept for the backward pass. A block keeps the two inputs of its norms in float32, and (6 + 2 r) D a
