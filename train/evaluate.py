@@ -32,6 +32,7 @@ from tqdm import tqdm
 from spectralar import SpectralARPipeline, __version__
 from spectralar.analysis.statistics import write_statistics
 from spectralar.interface.labels import LabelNames
+from spectralar.spectral import gaussian_psnr
 
 from .configs.config import Config, load_config
 from .data.codes import fingerprint
@@ -39,6 +40,7 @@ from .data.images import ImageSet, load_images
 from .data.mixing import load_mixed
 from .data.order import in_proportion
 from .data.sources import list_images
+from .data.variances import dct_variances
 from .evaluation.judges import JUDGES, Judge, make_judge
 from .evaluation.measurements import (
     Evaluation,
@@ -78,7 +80,9 @@ def evaluate(
         results["reconstruction"], rebuilt = reconstruct(run, codes, real)
         results["codebook"] = codebook_use(run, codes)
     with timed(run, results, "prefixes"):
-        results["prefixes"], low_pass = prefix_quality(run, codes)
+        prefixes, low_pass = prefix_quality(run, codes)
+        bound = gaussian_psnr(dct_variances([train]), run.pipe.tokenizer.prefix_bits).tolist()
+        results["prefixes"] = prefixes | {"gaussian_bound": bound}
     for name, images in others.items():
         with timed(run, results, f"reconstruction of {name}"):
             results["other_sources"][name] |= other_source(run, images.images, min(args.prefix_images, len(images)))
@@ -90,7 +94,8 @@ def evaluate(
         entropy = entropy_by_position(run, codes)
         if run.team.is_main:
             # For the page: what its counterfactuals draw from, and the curves of its Model tab.
-            write_statistics(run.folder, codes, run.pipe.tokenizer.config.codebook_size, entropy)
+            size, measured = run.pipe.tokenizer.config.codebook_size, prefixes["psnr_mean_error"]
+            write_statistics(run.folder, codes, size, entropy, measured, bound)
     with timed(run, results, "references"):
         seen = run.judge_pixels(train.images, "judging training images")
         results["references"] = references(run, real, seen, train.labels[: args.samples])

@@ -307,6 +307,24 @@ def quality(
     return chart
 
 
+def prefix_psnr(psnr: ArrayLike, bound: ArrayLike, palette: Palette = LIGHT) -> Chart:
+    """PSNR (N,) in dB of the mean error by prefix length, beside the Gaussian bound (N,) at as many bits."""
+    series = {"this model": _floats(psnr), "Gaussian bound": _floats(bound)}
+    n = len(series["this model"])
+    k = np.arange(1, n + 1)
+    columns = {"prefix_length": k.tolist(), "psnr": series["this model"].tolist(),
+               "gaussian_bound": series["Gaussian bound"].tolist()}  # fmt: skip
+    chart = Chart(columns, palette, THIRD)
+    axes = chart.plot_axes("prefix length k", "PSNR of the mean error, dB")
+    styles = ({"color": palette.series[0], "linewidth": 1.8}, {"color": palette.muted, "linestyle": (0, (4, 3))})
+    for (name, values), style in zip(series.items(), styles, strict=True):
+        axes.plot(k, values, label=name, **style)
+    axes.set_xlim(1, max(2, n))
+    _whole_ticks(axes.xaxis)
+    chart.legend_of(axes, loc="lower right")
+    return chart
+
+
 def codebook_use(used: ArrayLike, perplexity: ArrayLike, codebook_size: int, palette: Palette = LIGHT) -> Chart:
     """Entries of the codebook that each position uses, and its perplexity, both (N,), beside its size K."""
     used, perplexity = _floats(used), _floats(perplexity)

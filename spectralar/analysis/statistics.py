@@ -72,9 +72,18 @@ class Statistics(NamedTuple):
 
     code_counts: Tensor  # (N, K) int32: how often each code stood at each position
     next_token_entropy: Tensor  # (N,) float32, nats
+    psnr: Tensor | None = None  # (N,) float32, dB, of the mean squared error of each prefix length
+    gaussian_psnr: Tensor | None = None  # (N,) float32, dB, its bound, see `spectral.gaussian_psnr`
 
 
-def write_statistics(folder: str | os.PathLike, codes: Tensor, codebook_size: int, next_token_entropy: Tensor) -> Path:
+def write_statistics(
+    folder: str | os.PathLike,
+    codes: Tensor,
+    codebook_size: int,
+    next_token_entropy: Tensor,
+    psnr: Sequence[float] | None = None,
+    gaussian_psnr: Sequence[float] | None = None,
+) -> Path:
     """Stores the statistics of a model in its folder, in statistics.safetensors.
 
     Args:
@@ -82,6 +91,8 @@ def write_statistics(folder: str | os.PathLike, codes: Tensor, codebook_size: in
         codes: (n, N) of held-out images, in 0..K-1.
         codebook_size: K.
         next_token_entropy: (N,) in nats, as the function of this name returns it.
+        psnr: (N,) in dB, of the mean squared error of each prefix length.
+        gaussian_psnr: (N,) in dB, the bound on it for Gaussian images.
 
     Returns:
         The path of the file.
@@ -99,7 +110,13 @@ def write_statistics(folder: str | os.PathLike, codes: Tensor, codebook_size: in
     codes = codes.cpu().long()
     counts = torch.stack([torch.bincount(column, minlength=codebook_size) for column in codes.T])  # (N, K)
     path = Path(folder) / STATISTICS_FILE
-    save_file({"code_counts": counts.int(), "next_token_entropy": entropy.contiguous()}, path)
+    tensors = {"code_counts": counts.int(), "next_token_entropy": entropy.contiguous()}
+    for name, values in (("psnr", psnr), ("gaussian_psnr", gaussian_psnr)):
+        if values is not None:
+            tensors[name] = torch.tensor(values, dtype=torch.float32)
+            if tensors[name].shape != entropy.shape:
+                raise ValueError(f"{name} must be {tuple(entropy.shape)}, got {tuple(tensors[name].shape)}.")
+    save_file(tensors, path)
     return path
 
 
@@ -116,6 +133,7 @@ def read_statistics(folder: str | os.PathLike) -> Statistics | None:
         statistics = Statistics(**load_file(path))
     except (SafetensorError, TypeError) as error:
         raise ValueError(f"{path} holds no statistics of a model's codes: {error}.") from error
-    if statistics.code_counts.ndim != 2 or statistics.next_token_entropy.shape != statistics.code_counts.shape[:1]:
-        raise ValueError(f"{path} must hold code_counts (N, K) and next_token_entropy (N,).")
+    by_position = [x for x in statistics[1:] if x is not None]
+    if statistics.code_counts.ndim != 2 or any(x.shape != statistics.code_counts.shape[:1] for x in by_position):
+        raise ValueError(f"{path} must hold code_counts (N, K), and beside it next_token_entropy and others, (N,).")
     return statistics

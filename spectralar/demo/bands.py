@@ -19,7 +19,7 @@ from ..spectral import band_energy, dct2, radial_power_spectrum
 from .cache import write_whole
 from .errors import one_sentence, user_error
 from .figures import FORMATS, chart_bytes, figure, listen_to_saves, shown, tables
-from .folder import model_statistics
+from .folder import beside_the_bound, cutoff_law, model_statistics
 from .generate import QUIET
 from .links import Link, Linked
 from .model import Model, on_gpu, to_pixels
@@ -191,6 +191,10 @@ def build(model: Model) -> Linked:
                 "once measured it is kept.",
                 elem_classes="note",
             )
+            law = f"Cutoffs {cutoff_law(model)}."
+            if bound := beside_the_bound(model):
+                law += f" PSNR / Gaussian bound on held-out images: {bound}."
+            gr.Markdown(law, elem_classes="note", elem_id="bands-law")
         with gr.Column(scale=7, min_width=320):
             view = scrubber(
                 hint="Choose an image or draw a sample: its spectrum, and what every token adds to it.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from html import escape
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..analysis.chart import Chart
 from ..analysis.statistics import code_use
 from ..spectral import dct2, low_pass, square_frequency
 from .figures import figure, listen_to_saves, tables
-from .folder import model_card, model_folder, model_statistics
+from .folder import beside_the_bound, cutoff_law, model_card, model_folder, model_statistics
 from .links import Linked
 from .model import Model, to_pixels
 from .pictures import log_spectrum
@@ -32,6 +31,12 @@ FIGURES = {
         "Cutoff schedule",
         "How far up the spectrum each prefix reaches, beside an even schedule. Below the line more tokens serve the "
         "low frequencies. It says where tokens may draw, not what they do there.",
+    ),
+    "prefix_psnr": (
+        "PSNR and its bound",
+        "PSNR of the mean squared error on held-out images. The bound is the best that any code of as many bits can "
+        "do on Gaussian images with the variances of the training images; real images are not Gaussian, so a model "
+        "may pass it. The model card averages the PSNR of each image, which is a little higher.",
     ),
     "codebook_use": (
         "Codebook use by position",
@@ -53,7 +58,7 @@ def facts(model: Model) -> dict[str, str]:
     """What is loaded, as lines of a table."""
     tokenizer, transformer = model.pipe.tokenizer, model.pipe.transformer
     config = tokenizer.config
-    bits = model.num_tokens * math.log2(model.codebook_size)
+    bits = tokenizer.prefix_bits[-1]
     colours = "grey" if model.channels == 1 else "colour"
     device = model.pipe.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
@@ -62,7 +67,8 @@ def facts(model: Model) -> dict[str, str]:
         "Runs on": f"{name}, {str(model.pipe.dtype).removeprefix('torch.')}",
         "Images": f"{model.image_size} × {model.image_size}, {colours}",
         "Spectral tokens": f"{model.num_tokens} of {model.codebook_size} codes, {bits:.0f} bits an image",
-        "Cutoff schedule": f"alpha = {config.alpha:g}",
+        "Cutoffs": cutoff_law(model),
+        **({"PSNR / Gaussian bound": bound} if (bound := beside_the_bound(model)) else {}),
         "Tokenizer": f"{_millions(tokenizer)} parameters, patches of {config.patch_size} × {config.patch_size}",
         "Transformer": f"{_millions(transformer)} parameters, {transformer.config.num_layers} layers, "
         f"{transformer.config.num_classes} classes",
@@ -78,6 +84,8 @@ def charts(model: Model) -> dict[str, Chart]:
     """The figures of the model by name; without stored statistics the schedule alone."""
     result = {"cutoff_schedule": plots.cutoff_schedule(model.cutoffs)}
     if statistics := model_statistics(model):
+        if statistics.psnr is not None and statistics.gaussian_psnr is not None:
+            result["prefix_psnr"] = plots.prefix_psnr(statistics.psnr, statistics.gaussian_psnr)
         use = code_use(statistics.code_counts)
         result["codebook_use"] = plots.codebook_use(use.used, use.perplexity, model.codebook_size)
         result["next_token_entropy"] = plots.next_token_entropy(statistics.next_token_entropy, model.codebook_size)
@@ -125,7 +133,7 @@ def build(model: Model) -> Linked:
             view.value = mask_value(model)
     figures = {}
     with gr.Row(elem_classes="split"):
-        for name in ("cutoff_schedule", "codebook_use", "next_token_entropy"):
+        for name in FIGURES:
             if name in drawn:
                 figures[name] = figure(*FIGURES[name], elem_id=f"figure-{name.replace('_', '-')}", chart=drawn[name])
     if len(drawn) == 1:

@@ -30,6 +30,26 @@ def model_statistics(model: Model) -> Statistics | None:
     return statistics if fits else None
 
 
+def cutoff_law(model: Model) -> str:
+    """Where the model's cutoffs come from."""
+    config = model.pipe.tokenizer.config
+    if not config.cutoffs:
+        return f"by alpha = {config.alpha:g}"
+    first = ", ".join(map(str, model.cutoffs[:4]))
+    return f"a list of its own, such as reverse water-filling gives: {first}, .. {model.cutoffs[-1]}"
+
+
+def beside_the_bound(model: Model) -> str:
+    """PSNR of some prefix lengths on held-out images and the Gaussian bound; "" where they are not known."""
+    statistics = model_statistics(model)
+    if statistics is None or statistics.psnr is None or statistics.gaussian_psnr is None:
+        return ""
+    n = model.num_tokens
+    lengths = sorted({1, max(1, n // 8), n})
+    values = [f"{statistics.psnr[k - 1]:.1f} / {statistics.gaussian_psnr[k - 1]:.1f} dB at k = {k}" for k in lengths]
+    return ", ".join(values)
+
+
 def model_card(folder: Path | None) -> str | None:
     """The model card as Markdown, with the folder's own images in it as data URLs; None where there is no card.
 

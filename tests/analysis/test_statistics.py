@@ -60,6 +60,21 @@ def test_statistics_round_trip(tmp_path):
     assert torch.equal(statistics.next_token_entropy, entropy)
 
 
+def test_measured_quality_and_its_bound_are_kept_where_they_are_known(tmp_path):
+    codes = torch.randint(9, (50, 4))
+    write_statistics(tmp_path, codes, 9, torch.rand(4))
+    assert (read_statistics(tmp_path).psnr, read_statistics(tmp_path).gaussian_psnr) == (None, None)
+    write_statistics(tmp_path, codes, 9, torch.rand(4), [1.0, 2.0, 3.0, 4.5], [2.0, 3.0, 4.0, 5.0])
+    statistics = read_statistics(tmp_path)
+    assert (statistics.psnr.tolist(), statistics.gaussian_psnr.tolist()) == ([1, 2, 3, 4.5], [2, 3, 4, 5])
+    with pytest.raises(ValueError, match=r"gaussian_psnr must be \(4,\), got \(3,\)"):
+        write_statistics(tmp_path, codes, 9, torch.rand(4), gaussian_psnr=[1.0, 2.0, 3.0])
+    tensors = {"code_counts": torch.zeros(4, 9), "next_token_entropy": torch.zeros(4), "psnr": torch.zeros(3)}
+    save_file(tensors, tmp_path / STATISTICS_FILE)
+    with pytest.raises(ValueError, match="must hold code_counts"):
+        read_statistics(tmp_path)
+
+
 def test_unfit_statistics(tmp_path):
     with pytest.raises(ValueError, match="between 0 and 8"):
         write_statistics(tmp_path, torch.tensor([[9]]), 9, torch.zeros(1))

@@ -9,6 +9,7 @@ from spectralar.demo.model import Model
 from spectralar.demo.page import TABS, build
 from spectralar.demo.scrubber import StripEncoder
 from spectralar.spectral import square_frequency
+from tests.helpers import tiny_pipeline
 
 
 def test_facts(colour_model):
@@ -28,6 +29,27 @@ def test_charts_of_stored_statistics(model, tmp_path):
     drawn = charts(Model.load(tmp_path / "tiny", "cpu"))
     assert drawn["codebook_use"].columns["entries_used"] == [min(t, 8) for t in range(1, 13)]
     assert drawn["next_token_entropy"].columns["entropy_bits"] == pytest.approx([3] * 12)
+
+
+def test_facts_say_where_cutoffs_come_from(model, tmp_path):
+    assert facts(model)["Cutoffs"] == "by alpha = 1.5"
+    given = [3, 3, 4, 6, 6, 7, 8, 8, 9, 10, 12, 16]
+    listed = Model("tiny", tiny_pipeline(dtype=torch.float32, tokenizer={"cutoffs": given}), "tiny")
+    assert facts(listed)["Cutoffs"].endswith("3, 3, 4, 6, .. 16")
+
+
+def test_measured_psnr_stands_beside_its_bound(model, tmp_path):
+    assert "PSNR / Gaussian bound" not in facts(model)
+    model.pipe.save_pretrained(tmp_path / "tiny")
+    psnr, bound = [10.0 + k for k in range(12)], [9.5 + k for k in range(12)]
+    write_statistics(tmp_path / "tiny", torch.zeros(5, 12, dtype=torch.long), 32, torch.zeros(12), psnr, bound)
+    loaded = Model.load(tmp_path / "tiny", "cpu")
+    drawn = charts(loaded)["prefix_psnr"].columns
+    assert (drawn["psnr"], drawn["gaussian_bound"]) == (psnr, bound)
+    said = "10.0 / 9.5 dB at k = 1, 21.0 / 20.5 dB at k = 12"
+    assert facts(loaded)["PSNR / Gaussian bound"] == said
+    texts = [b.value for b in build(loaded).blocks.values() if getattr(b, "elem_id", None) == "bands-law"]
+    assert texts == [f"Cutoffs by alpha = 1.5. PSNR / Gaussian bound on held-out images: {said}."]
 
 
 def test_mask_shows_what_is_open(model, monkeypatch):

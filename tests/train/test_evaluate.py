@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 from spectralar import SpectralARPipeline
 from spectralar.analysis.chart import LIGHT
 from spectralar.analysis.quality import psnr, ssim
-from spectralar.spectral import nested_targets
+from spectralar.analysis.statistics import read_statistics
+from spectralar.spectral import gaussian_psnr, nested_targets
 from tests.helpers import tiny_pipeline
 from train import evaluate as program
 from train.configs.config import load_config
 from train.data.images import load_images, to_float
+from train.data.variances import dct_variances
 from train.evaluate import main
 from train.evaluation import pictures
 from train.evaluation import sample_bank as bank
@@ -208,6 +210,21 @@ def test_samples_have_the_classes_of_the_held_out_images(files, tmp_path):
             classes
         ] in text
         assert results["data"]["sampled_classes"] == classes
+
+
+@torch.no_grad()
+def test_the_mean_error_of_prefixes_stands_beside_the_gaussian_bound(evaluated, all_prefixes, truth):
+    pipe, _, splits = truth
+    x, result = to_float(splits["eval"].images), all_prefixes["prefixes"]
+    frames = pipe.tokenizer.decode(pipe.tokenizer.encode(x), [1, 4]).clamp(-1, 1)  # (n, 2, C, H, H)
+    error = ((frames - x.unsqueeze(1)) / 2).square().mean(dim=(0, 2, 3, 4))
+    measured = [result["psnr_mean_error"][k - 1] for k in (1, 4)]
+    assert measured == pytest.approx((-10 * error.log10()).tolist(), abs=1e-3)
+    bound = gaussian_psnr(dct_variances([splits["train"]]), pipe.tokenizer.prefix_bits).tolist()
+    assert result["gaussian_bound"] == pytest.approx(bound, abs=1e-6)
+    kept = read_statistics(evaluated[0])
+    assert kept.gaussian_psnr.tolist() == pytest.approx(bound, abs=1e-4)
+    assert kept.psnr.tolist() == pytest.approx(evaluated[1]["prefixes"]["psnr_mean_error"], abs=1e-4)
 
 
 def test_perceptual_distances_are_to_the_image_and_to_its_low_pass(all_prefixes, truth):

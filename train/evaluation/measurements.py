@@ -129,7 +129,9 @@ def prefix_quality(run: Evaluation, codes: Tensor) -> tuple[dict[str, Any], dict
 
     parts = run.team.map(measured, PREFIX_BATCH, "decoding all prefixes", run.images[:n], codes[:n])
     names = ("psnr_image", "psnr_low_pass", "ssim_image", "ssim_low_pass")
-    means = torch.cat([rows for rows, _ in parts], dim=1).double().mean(dim=1)  # (4, N)
+    each = torch.cat([rows for rows, _ in parts], dim=1).double()  # (4, n, N)
+    means = each.mean(dim=1)  # (4, N)
+    of_mean_error = -10 * (10 ** (-each[0] / 10)).mean(dim=0).log10()  # (N,)
     pairs = list(zip(*(pair for _, pair in parts), strict=True))  # by length, of all batches
     low_pass, rebuilt = (
         {k: join_views([pair[side] for pair in batches]) for k, batches in zip(shown, pairs, strict=True)}
@@ -139,6 +141,7 @@ def prefix_quality(run: Evaluation, codes: Tensor) -> tuple[dict[str, Any], dict
     return {
         "images": n, "length": lengths, "cutoff": list(tokenizer.cutoffs), "shown": shown,
         **{name: row.tolist() for name, row in zip(names, means, strict=True)},
+        "psnr_mean_error": of_mean_error.tolist(),
         "judged": {
             name: [
                 {

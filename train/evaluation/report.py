@@ -148,8 +148,10 @@ def _reconstruction(r: dict[str, Any]) -> str:
 
 def _prefixes(r: dict[str, Any]) -> str:
     p = r["prefixes"]
-    head = ["Tokens k", "Cutoff", "PSNR to image", "PSNR to x_k", "SSIM to image", "SSIM to x_k"]
-    columns = [(p[f"{name}_{to}"], d) for name, d in (("psnr", 2), ("ssim", 3)) for to in ("image", "low_pass")]
+    head = ["Tokens k", "Cutoff", "PSNR of the mean error", "Gaussian bound"]
+    head += ["PSNR to image", "PSNR to x_k", "SSIM to image", "SSIM to x_k"]
+    columns = [(p["psnr_mean_error"], 2), (p["gaussian_bound"], 2)]
+    columns += [(p[f"{name}_{to}"], d) for name, d in (("psnr", 2), ("ssim", 3)) for to in ("image", "low_pass")]
     rows = [[k, p["cutoff"][k - 1], *(shown(values[k - 1], d) for values, d in columns)] for k in p["shown"]]
     perceptual = r["perceptual"]
     if perceptual:
@@ -166,6 +168,8 @@ def _prefixes(r: dict[str, Any]) -> str:
     few = f", perceptual distances on {perceptual['images']} of them" if perceptual else ""
     return table(head, rows) + (
         f"\n\nOn {p['images']} held-out images{few}. x_k is the ideal low-pass of the image at the prefix's cutoff. "
+        "The Gaussian bound is the PSNR of the mean squared error that no code of as many bits can pass on Gaussian "
+        "images with the variances of the training images (reverse water-filling); real ones are not Gaussian. "
         "Judges have learnt from sharp images: their accuracy on x_k says how far they can be trusted on blurred ones."
     )
 
