@@ -33,6 +33,7 @@ TOY = Shape(
     TINY | {"image_size": 16, "patch_size": 4, "codebook_dim": 8, "encoder_layers": 1, "decoder_layers": 1},
     TINY | {"num_classes": 3, "num_layers": 2},
 )
+TOY_COLOUR = Shape("colour toy", TOY.tokenizer | {"in_channels": 3}, TOY.transformer)
 TOY_LARGE = Shape("large toy", TOY.tokenizer, TOY.transformer | {"num_layers": 3})
 
 
@@ -195,7 +196,7 @@ def test_a_saved_pipeline_is_measured_as_it_is(tmp_path):
 
 
 def toy_suite() -> Suite:
-    return Suite(CPU, quick=True, small=TOY, large=TOY_LARGE, budget_s=0.0)
+    return Suite(CPU, quick=True, small=TOY, large=TOY_LARGE, budget_s=0.0, colour=TOY_COLOUR)
 
 
 def test_the_suite_runs_end_to_end(tmp_path, monkeypatch, capsys):
@@ -203,7 +204,9 @@ def test_the_suite_runs_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suite, "fast_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(sampling, "has_compiler", lambda: True)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes minutes: inference/test_compiled.py
-    monkeypatch.setattr(benchmark, "Suite", lambda device, clock, **_: Suite(device, True, TOY, TOY_LARGE, 0.0, clock))
+    monkeypatch.setattr(
+        benchmark, "Suite", lambda device, clock, **_: Suite(device, True, TOY, TOY_LARGE, 0.0, clock, TOY_COLOUR)
+    )
     monkeypatch.setattr(benchmark, "DEVICES", ("cpu",))
     output = tmp_path / "reports" / "benchmark.json"
     benchmark.main(["--quick", "--output", str(output)])
@@ -232,6 +235,8 @@ def test_the_suite_runs_end_to_end(tmp_path, monkeypatch, capsys):
         ("sampling, bfloat16", "toy, batch 1"): "",
         ("sampling, compiled", "toy, batch 1"): "",
         ("training step", "toy, transformer, batch 64"): "GFLOP a step",
+        ("training step", "colour toy, tokenizer, batch 32"): "GFLOP a step",
+        ("all prefix frames", "colour toy"): "of their operations",
         ("import", "spectralar"): "",
         ("page", "start to ready"): "",
         ("page", "first image of 4 through the API"): "",
@@ -239,6 +244,10 @@ def test_the_suite_runs_end_to_end(tmp_path, monkeypatch, capsys):
     }
     for key, note in promised.items():
         assert entries[key]["value"] > 0 and note in entries[key]["note"], key
+    backward, update = entries["training step", "colour toy, tokenizer, batch 32"]["comparisons"]
+    assert (backward["kind"], backward["target"]) == ("rate", 0.75) and "the matrix rate" in backward["baseline"]
+    assert (update["kind"], update["target"]) == ("share", 0.1) and 0 < update["ratio"] < 1
+    assert update["baseline_value"] == entries["training step", "colour toy, tokenizer, batch 32"]["value"]
     fewer = entries["cached sampling", "toy, N = 64, batch 8"]["note"]
     assert float(fewer.split()[0]) > 20  # 32.5 times the positions
 

@@ -22,6 +22,7 @@ class Suite:
         quick: smaller models and fewer repeats; figures that take minutes are left out.
         small: the embedded model.
         large: a model too large for the cache.
+        colour: a model of 64x64 colour images that a CPU can train.
         budget_s: seconds to spend on the repeats of one figure.
         clock: what times are read from, of `measure.CLOCKS`.
     """
@@ -32,6 +33,7 @@ class Suite:
     large: Shape | None = None
     budget_s: float = 20.0
     clock: str = "wall"
+    colour: Shape | None = None
     models: Models = field(init=False)
     machine: Machine = field(init=False)
 
@@ -39,6 +41,7 @@ class Suite:
         on_cpu = self.device.type == "cpu"
         self.small = self.small or embedded()
         self.large = self.large or (d16(num_layers=2) if self.quick and on_cpu else d16())
+        self.colour = self.colour or embedded("products-64")
         self.models = Models(self.device, torch.float32 if on_cpu else torch.bfloat16)
         self.machine = Machine(self.device, self.models.dtype, self.clock)
 
