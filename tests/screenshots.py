@@ -18,11 +18,10 @@ import torch
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from app import MODELS
 from spectralar.demo.export import animation
 from spectralar.demo.model import Model
 from spectralar.demo.page import TABS, build, launch_options
-from spectralar.demo.start import find_models
+from spectralar.demo.start import MODELS, find_models
 
 FIGURES = Path(__file__).parent.parent / "assets" / "figures"
 VIEWS = {  # width, height of what is shown at once, longest picture, theme

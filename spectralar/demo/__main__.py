@@ -1,4 +1,4 @@
-"""python -m spectralar.demo: the page of an installed package; its models are named by --model."""
+"""python -m spectralar.demo: the page, as `python app.py` and the installed command `spectralar-demo`."""
 
 from .start import main
 

@@ -35,7 +35,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         nargs="+",
         default=os.environ.get("SPECTRALAR_MODEL", "").split(),
         help="folders of saved pipelines or Hub ids, the first is shown first (default: those in $SPECTRALAR_MODEL, "
-        "with spaces between them, else all in assets/models)",
+        "with spaces between them, else all in assets/models, else all in runs)",
     )
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of these there is)")
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
@@ -44,13 +44,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--mcp", action="store_true", help="let agents use the endpoints as tools: gradio_api/mcp")
     parser.add_argument("--share", action="store_true", help="make a public link")
     options = parser.parse_args(arguments)
-    options.model = options.model or find_models(MODELS)
+    options.model = options.model or own_models()
     return options
 
 
 def find_models(folder: Path) -> list[Path]:
     """Folders of saved pipelines in `folder`, in alphabetical order."""
     return sorted(path.parent for path in folder.glob(f"*/{INDEX}"))
+
+
+def own_models() -> list[Path]:
+    """Models to show if none is named: of the clone this file is in, of the current folder, or trained there."""
+    trained = sorted(path.parent for path in Path("runs").glob(f"*/pipeline/{INDEX}"))
+    return find_models(MODELS) or find_models(Path("assets/models")) or trained
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,8 +93,12 @@ def check(options: argparse.Namespace) -> None:
     """
     if options.mcp and importlib.util.find_spec("mcp") is None:
         raise StartError("--mcp needs the packages of Gradio's extra: pip install 'gradio[mcp]'.")
+    if importlib.util.find_spec("gradio") is None:
+        raise StartError("the page needs Gradio: pip install gradio.")
     if not options.model:
-        raise StartError(f"there is no model in {MODELS}: name a saved pipeline's folder or a Hub id with --model.")
+        raise StartError(
+            "there is no model in assets/models or runs here: name a saved pipeline's folder or a Hub id with --model."
+        )
     check_address(options.host, options.port)
     for source in options.model:
         check_model(str(source))

@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
@@ -48,11 +49,25 @@ def test_models_are_named_or_found(monkeypatch, saved):
     assert start.parse_arguments(["--model", "three"]).model == ["three"]
 
 
-def test_what_is_missing_is_said(monkeypatch, saved, tmp_path):
-    monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'gradio[mcp]'" in refused("--mcp", "--model", saved)
+def test_without_a_clone_models_of_the_current_folder_are_found(monkeypatch, tmp_path):
     monkeypatch.delenv("SPECTRALAR_MODEL", raising=False)
     monkeypatch.setattr(start, "MODELS", tmp_path / "none")
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/b/pipeline", "runs/a/pipeline", "assets/models/c"):  # the last goes before those trained
+        assert start.parse_arguments([]).model == sorted(Path("runs").glob("*/pipeline"))
+        Path(name).mkdir(parents=True)
+        Path(name, "model_index.json").write_text("{}")
+    assert start.parse_arguments([]).model == [Path("assets/models/c")]
+
+
+def test_what_is_missing_is_said(monkeypatch, saved, tmp_path):
+    with monkeypatch.context() as nothing:
+        nothing.setattr(start.importlib.util, "find_spec", lambda name: None)
+        assert "pip install 'gradio[mcp]'" in refused("--mcp", "--model", saved)
+        assert refused("--model", saved) == "the page needs Gradio: pip install gradio."
+    monkeypatch.delenv("SPECTRALAR_MODEL", raising=False)
+    monkeypatch.setattr(start, "MODELS", tmp_path / "none")
+    monkeypatch.chdir(tmp_path)
     assert "name a saved pipeline's folder" in refused()
 
 
