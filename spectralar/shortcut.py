@@ -28,8 +28,9 @@ class SpectralShortcut(nn.Module):
     there because entries are found by angle: a small residual points to it, a large one away from it. h_k is what
     the encoder's network adds, if the tokenizer has one.
 
-    Nothing in here takes a gradient. `train.shortcut` fits it in minutes, after which any prefix already decodes to
-    near the Gaussian rate-distortion bound of the data; what is learned then starts from there. Not in the paper.
+    Nothing in here takes a gradient. `train.objectives.shortcut` fits it in minutes, after which any prefix already
+    decodes to near the Gaussian rate-distortion bound of the data; what is learned then starts from there. Not in the
+    paper: see docs/design.md#spectral-shortcut.
 
     Args:
         cutoffs: r_1..r_N.
