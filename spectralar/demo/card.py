@@ -132,9 +132,11 @@ def build(model: Model) -> Linked:
             view = scrubber(hint="", elem_id="mask")
             view.value = mask_value(model)
     figures = {}
-    with gr.Row(elem_classes="split"):
-        for name in FIGURES:
-            if name in drawn:
+    names = list(drawn)
+    width = 2 if len(names) == 4 else 3  # in a row: none is left over
+    for row in (names[start : start + width] for start in range(0, len(names), width)):
+        with gr.Row(elem_classes="split"):
+            for name in row:
                 figures[name] = figure(*FIGURES[name], elem_id=f"figure-{name.replace('_', '-')}", chart=drawn[name])
     if len(drawn) == 1:
         gr.Markdown("This model comes without statistics of its codes: they are written when it is evaluated.",
