@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -49,12 +50,13 @@ def _in_blocks(weight: Tensor) -> bool:
 
 
 class KVSlot(NamedTuple):
-    """What one layer needs of the cache to run one token."""
+    """What one layer needs of the cache to run one token of each sequence."""
 
-    key: Tensor  # (B, heads, 1, head_dim), where the token's key goes
-    value: Tensor
-    keys: Tensor  # (B, heads, position + 1, head_dim), the keys so far with this one
+    keys: Tensor  # (B, heads, max_len, head_dim)
     values: Tensor
+    places: Tensor  # (B heads,) int64, where the tokens' keys and values go, counted in (B heads max_len)
+    length: int  # places that are looked at, the first ones
+    mask: Tensor | None  # (B heads, 1, length), 0 up to each token and -inf behind it; None if nothing is behind
 
 
 class KVCache:
@@ -66,8 +68,26 @@ class KVCache:
 
     def __init__(self, num_layers: int, batch: int, num_heads: int, max_len: int, head_dim: int, like: Tensor) -> None:
         shape = (num_layers, 2, batch, num_heads, max_len, head_dim)
-        self._buffer = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.keys, self.values = self._buffer[:, 0].unbind(0), self._buffer[:, 1].unbind(0)
+        self._use(torch.zeros(shape, dtype=like.dtype, device=like.device))
+        seen = torch.ones(max_len, max_len, dtype=torch.bool, device=like.device).tril()
+        self._masks = torch.zeros(max_len, max_len, dtype=like.dtype, device=like.device)
+        self._masks.masked_fill_(~seen, -torch.inf)
+
+    def _use(self, buffer: Tensor) -> None:
+        self._buffer = buffer
+        self.keys, self.values = buffer[:, 0].unbind(0), buffer[:, 1].unbind(0)
+        batch, heads, max_len = buffer.shape[2:5]
+        self._first = torch.arange(0, batch * heads * max_len, max_len, device=buffer.device)  # of each head's places
+
+    def narrow(self, batch: int) -> Self:
+        """The same memory, of the first `batch` sequences alone."""
+        part = copy.copy(self)
+        part._use(self._buffer[:, :, :batch])
+        return part
+
+    def take(self, rows: Tensor, other: KVCache) -> None:
+        """Sequences `rows` (R,) get what the first R of another cache hold."""
+        self._buffer[:, :, rows] = other._buffer[:, :, : len(rows)]
 
     def write(self, layer: int, position: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores key, value (B, heads, T, head_dim) from `position` on; returns all that is filled so far."""
@@ -77,12 +97,22 @@ class KVCache:
         values[:, :, position:end] = value
         return keys[:, :, :end], values[:, :, :end]
 
-    def slots(self, position: int) -> list[KVSlot]:
-        """All layers' views for the token at `position`: made for the whole stack at once, which is six calls."""
-        layers = self._buffer.flatten(0, 1)  # (2 L, B, heads, max_len, head_dim)
-        here = layers[:, :, :, position : position + 1].unbind(0)
-        so_far = layers[:, :, :, : position + 1].unbind(0)
-        return [KVSlot(*here[i : i + 2], *so_far[i : i + 2]) for i in range(0, len(here), 2)]
+    def slots(self, position: int | Tensor) -> list[KVSlot]:
+        """All layers' parts for a token at `position`: of all sequences, or (B,) of each.
+
+        On a CPU they span the whole cache, with a mask: sums of numbers of another count come in another order, and
+        a sequence's would depend on who else is there.
+        """
+        batch, heads, length, _ = self.keys[0].shape
+        if isinstance(position, Tensor):
+            position = position.unsqueeze(1).expand(-1, heads).flatten()  # (B heads,)
+            mask = self._masks.index_select(0, position).unsqueeze(1)
+        elif self._masks.is_cpu:
+            mask = self._masks[position].expand(batch * heads, 1, -1)
+        else:
+            length, mask = position + 1, None
+        places = self._first + position
+        return [KVSlot(*pair, places, length, mask) for pair in zip(self.keys, self.values, strict=True)]
 
 
 class Attention(nn.Module):
@@ -210,18 +240,34 @@ def adaln_step(x: Tensor, p: StepParameters, modulation: Sequence[Tensor], slot:
     are most of the time.
     """
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-    width, (heads, _, head_dim) = x.shape[1:], slot.key.shape[1:]
+    width, (heads, _, head_dim) = x.shape[1:], slot.keys.shape[1:]
     hidden = torch.addcmul(shift1, torch.layer_norm(x, width, eps=1e-6), scale1)
-    qkv = linear(hidden, p.qkv_weight, p.qkv_bias).view(-1, 3, heads, 1, head_dim)
+    qkv = linear(hidden, p.qkv_weight, p.qkv_bias).view(-1, 3, heads, head_dim)
     # Values are normalised too, for nothing: one call is cheaper than two.
-    q, k, _ = torch.layer_norm(qkv, (head_dim,), eps=1e-6).unbind(1)
-    torch.mul(k, p.norm_k, out=slot.key)
-    slot.value.copy_(qkv[:, 2])
-    mixed = F.scaled_dot_product_attention(q * p.norm_q, slot.keys, slot.values)
+    q, k, _ = torch.layer_norm(qkv, (head_dim,), eps=1e-6).unbind(1)  # each (B, heads, head_dim)
+    mixed = attend_one(q * p.norm_q, k * p.norm_k, qkv[:, 2], slot)
     x = torch.addcmul(x, gate1, linear(mixed.view(x.shape), p.out_weight, p.out_bias))
     hidden = torch.addcmul(shift2, torch.layer_norm(x, width, eps=1e-6), scale2)
     hidden = F.gelu(linear(hidden, p.up_weight, p.up_bias))
     return torch.addcmul(x, gate2, linear(hidden, p.down_weight, p.down_bias))
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, slot: KVSlot) -> Tensor:
+    """Attention of one token a sequence, each (B, heads, head_dim), to itself and those in the cache, which it joins.
+
+    In float32 on a CPU as two products: the sums of a sequence are then the same beside any others, which those of
+    torch's fused kernel are on one thread only, and for many sequences it takes half the time.
+    """
+    heads, head_dim = q.shape[1:]
+    for buffer, new in ((slot.keys, k), (slot.values, v)):
+        buffer.view(-1, head_dim).index_copy_(0, slot.places, new.reshape(-1, head_dim))
+    if slot.mask is not None and q.is_cpu and q.dtype in (torch.float32, torch.float64):
+        keys, values = slot.keys.flatten(0, 1), slot.values.flatten(0, 1)  # (B heads, max_len, head_dim)
+        scores = torch.baddbmm(slot.mask, q.view(-1, 1, head_dim), keys.transpose(1, 2), alpha=head_dim**-0.5)
+        return torch.bmm(scores.softmax(-1), values)  # (B heads, 1, head_dim)
+    keys, values = slot.keys[:, :, : slot.length], slot.values[:, :, : slot.length]
+    mask = None if slot.mask is None else slot.mask.unflatten(0, (-1, heads))
+    return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=mask)
 
 
 def init_weights(module: nn.Module) -> None:

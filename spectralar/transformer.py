@@ -41,6 +41,7 @@ class SamplingCache(KVCache):
         config = model.config
         head_dim = config.hidden_size // config.num_heads
         super().__init__(config.num_layers, batch, config.num_heads, config.num_tokens, head_dim, like=model.position)
+        # Of `parameters`, those of a few sequences are laid out for so many.
         self.parameters = [block.step_parameters(batch) for block in model.blocks]
         self.positions = torch.arange(config.num_tokens, dtype=torch.int64, device=model.device)
 
@@ -161,11 +162,14 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
         return SamplingCache(self, batch)
 
     @torch.no_grad()
-    def step(self, tokens: Tensor | None, position: int, conditioning: Conditioning, cache: SamplingCache) -> Tensor:
+    def step(
+        self, tokens: Tensor | None, position: int | Tensor, conditioning: Conditioning, cache: SamplingCache
+    ) -> Tensor:
         """Logits of the next token, from the new tokens only; earlier ones are in the cache.
 
         Two uses: `position` 0 with the k >= 0 tokens of a given prefix (None for k = 0), which runs the start
-        position and the prefix at once; then, for the p-th token, `position` p with tokens (B, 1).
+        position and the prefix at once; then, for the p-th token, `position` p with tokens (B, 1). Where sequences
+        are at different positions, these are (B,) int64; at 0 the start position is run, and the token there ignored.
 
         Args:
             tokens: (B, T) int64 in 0..K-1.
@@ -176,10 +180,11 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
         Returns:
             (B, K) float32: logits of the token after the last one given.
         """
-        if position == 0 and tokens is not None:
+        of_each = isinstance(position, Tensor)
+        if not of_each and position == 0 and tokens is not None:
             x = self._run(self._embed(tokens, 0, conditioning), conditioning, cache)  # (B, 1 + T, D)
             return self._logits(x[:, -1:], conditioning)[:, 0]
-        if self._compiled_step is not None and tokens is not None and tokens.is_cpu:
+        if self._compiled_step is not None and not of_each and tokens is not None and tokens.is_cpu:
             here = cache.positions[position : position + 1]
             compiled = self._compiled_step(
                 self, tokens[:, 0], here, tuple(conditioning), cache.parameters, cache.keys, cache.values
@@ -188,6 +193,8 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
                 return _at_least_float32(compiled)
         # A single input. All of it in as few calls as it takes, as `adaln_step`.
         x = conditioning.start if tokens is None else F.embedding(tokens[:, 0], self.token_embed.weight)  # (B, D)
+        if of_each:
+            x = torch.where((position == 0).unsqueeze(1), conditioning.start, x)
         x = x + self.position[position]
         modulation = conditioning.blocks.flatten(1, 2).unbind(1)  # 6 L times (B, D)
         for layer, (parameters, slot) in enumerate(zip(cache.parameters, cache.slots(position), strict=True)):

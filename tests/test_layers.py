@@ -176,15 +176,34 @@ def test_token_by_token_is_the_whole_sequence(x):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
 
 
-def test_slots_are_views_of_each_layer():
+@torch.no_grad()
+def test_sequences_may_be_at_different_places(x):
+    """Each as if it were alone, whatever lies in the cache behind it."""
+    block = add_noise(AdaLNBlock(D, HEADS).double())
+    modulation = torch.randn(2, 6, D, dtype=torch.float64)
+    whole = block(x, modulation)
+    cache = KVCache(1, 2, HEADS, T, D // HEADS, x)
+    block(x.flip(1), modulation, cache)  # left behind by others
+    for t in range(T):
+        places = torch.tensor([t, max(0, t - 2)])
+        tokens = torch.stack([x[i, place] for i, place in enumerate(places)])
+        out = adaln_step(tokens, block.step_parameters(2), modulation.unbind(1), cache.slots(places)[0])
+        torch.testing.assert_close(out, torch.stack([whole[i, place] for i, place in enumerate(places)]))
+
+
+def test_part_of_a_cache_is_the_same_memory():
     cache = KVCache(2, 3, HEADS, 5, 4, torch.zeros((), dtype=torch.float64))
-    for layer, slot in enumerate(cache.slots(2)):
-        slot.key.fill_(1 + layer)
-        slot.value.fill_(-1 - layer)
-        assert slot.keys.shape == slot.values.shape == (3, HEADS, 3, 4)
+    part = cache.narrow(2)
+    for layer, slot in enumerate(part.slots(torch.tensor([1, 4]))):
+        slot.keys.view(-1, 4).index_fill_(0, slot.places, 1 + layer)
     for layer in range(2):
-        assert torch.equal(cache.keys[layer].sum((0, 1, 3)), torch.tensor([0, 0, 12 * HEADS, 0, 0.0]) * (1 + layer))
-        assert torch.equal(cache.values[layer], -cache.keys[layer])
+        filled = torch.zeros(3, HEADS, 5)
+        filled[0, :, 1] = filled[1, :, 4] = 1 + layer
+        assert torch.equal(cache.keys[layer], filled[..., None].double().expand(-1, -1, -1, 4))
+    other = KVCache(2, 2, HEADS, 5, 4, torch.zeros((), dtype=torch.float64))
+    other.write(1, 0, *torch.ones(2, 1, HEADS, 5, 4, dtype=torch.float64))
+    cache.take(torch.tensor([2]), other)
+    assert cache.keys[1][2].eq(1).all() and cache.values[1][2].eq(1).all() and not cache.keys[0][2].any()
 
 
 # Initialisation -------------------------------------------------------------------------------------------
