@@ -77,7 +77,7 @@ class KVCache:
         self._buffer = buffer
         self.keys, self.values = buffer[:, 0].unbind(0), buffer[:, 1].unbind(0)
         batch, heads, max_len = buffer.shape[2:5]
-        self._first = torch.arange(0, batch * heads * max_len, max_len, device=buffer.device)  # of each head's places
+        self._first = max_len * torch.arange(batch * heads, dtype=torch.int64, device=buffer.device)  # of each head
 
     def narrow(self, batch: int) -> Self:
         """The same memory, of the first `batch` sequences alone."""

@@ -17,6 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 from torch import Tensor
 
+from .inference.batch import Request
 from .inference.cuda_graphs import token_generator
 from .inference.streaming import FrameStream
 from .interface.arguments import GenerationArguments, as_codes, prepare
@@ -236,6 +237,25 @@ class SpectralARPipeline(DiffusionPipeline):
             top_p, prefix_codes, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         return self._stream(run, every)
+
+    def request(self, class_labels: ClassLabels, **arguments: Any) -> Request:
+        """What `__call__` would sample, for an `inference.engine.Engine`: its arguments but those of the output.
+
+        Raises:
+            ValueError: if an argument is out of range.
+        """
+        defaults = {
+            "num_images_per_prompt": 1, "guidance_scale": 2.0, "guidance_schedule": "constant", "num_tokens": None,
+            "temperature": 1.0, "top_k": 0, "top_p": 1.0, "prefix_codes": None, "generator": None,
+        }  # fmt: skip
+        if unknown := arguments.keys() - defaults.keys():
+            raise TypeError(f"request() got unexpected arguments {', '.join(sorted(unknown))}.")
+        run = prepare(
+            self.tokenizer, self.transformer, self._names, self._execution_device, self._callback_tensor_inputs,
+            class_labels, *(defaults | arguments).values(), "latent", None, (),
+        )  # fmt: skip
+        scale = run.state.guidance_scale
+        return Request(run.class_labels, run.codes, run.uniforms, run.prefix_length, scale, **run.sampling)
 
     @torch.no_grad()
     def _stream(self, run: GenerationArguments, every: int) -> Iterator[SpectralARStep]:

@@ -479,3 +479,31 @@ class PrefixDecoder:
     def frame(self) -> Tensor:
         """The image (B, C, H, H) of the prefix so far."""
         return self.frames([self.length])[:, 0]
+
+
+@torch.no_grad()
+def frames_of_several(wanted: Sequence[tuple[PrefixDecoder, Sequence[int]]]) -> list[Tensor]:
+    """`PrefixDecoder.frames` of several decoders of one tokenizer in a single pass, with S lengths for each.
+
+    Returns:
+        Images (B, S, C, H, H) for each decoder, which may differ in B and S.
+    """
+    if len(wanted) == 1:
+        return [decoder.frames(lengths) for decoder, lengths in wanted]
+    tokenizer, longest = wanted[0][0].tokenizer, max(max(lengths) for _, lengths in wanted)
+    of_frames = [length for decoder, lengths in wanted for length in list(lengths) * decoder.batch_size]
+
+    def joined(pick: Callable[[KVCache], Sequence[Tensor]], layer: int) -> Tensor:
+        parts = [
+            pick(decoder._cache)[layer][:, :, :longest].repeat_interleave(len(lengths), dim=0)
+            for decoder, lengths in wanted
+        ]
+        return torch.cat(parts)  # (F, heads, longest, head_dim)
+
+    layers = range(len(tokenizer.decoder))
+    kv = [(joined(lambda cache: cache.keys, i), joined(lambda cache: cache.values, i)) for i in layers]
+    ends = torch.tensor(of_frames, dtype=torch.int64, device=kv[0][0].device).unsqueeze(1)  # (F, 1)
+    visible = torch.arange(longest, dtype=torch.int64, device=ends.device) < ends.unsqueeze(2)  # (F, 1, longest)
+    images = tokenizer._render(kv, tokenizer._cutoff_tensor(ends, ends.device), visible)  # (F, 1, C, H, H)
+    parts = images[:, 0].split([decoder.batch_size * len(lengths) for decoder, lengths in wanted])
+    return [part.unflatten(0, (decoder.batch_size, -1)) for part, (decoder, _) in zip(parts, wanted, strict=True)]

@@ -131,12 +131,12 @@ def test_gradients_are_neither_needed_nor_switched_off_outside(pipe):
 
 
 def test_scale_one_skips_the_unconditional_rows(pipe, steps):
-    pipe([0, 1, 2], guidance_scale=1.0)
-    assert steps == [(3, 0)] + [(3, 1)] * (N - 1)
+    pipe([0, 1, 2, 3], guidance_scale=1.0)
+    assert steps == [(4, 0)] + [(4, 1)] * (N - 1)
     assert not pipe.do_classifier_free_guidance
     steps.clear()
-    pipe([0, 1, 2], guidance_scale=2.0)
-    assert steps == [(6, 0)] + [(6, 1)] * (N - 1)
+    pipe([0, 1, 2, 3], guidance_scale=2.0)
+    assert steps == [(8, 0)] + [(8, 1)] * (N - 1)
     assert pipe.do_classifier_free_guidance
 
 

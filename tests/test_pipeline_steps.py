@@ -135,10 +135,10 @@ def test_guidance_scale_is_read_in_every_step(pipe, steps):
 
     steps.clear()
     arguments = {"guidance_scale": 1.0, "callback_on_step_end": switch_on, "output_type": "latent"}
-    codes = pipe([0, 1], generator=seed(), **arguments).codes
-    assert steps == [(2, 0)] + [(2, 1)] * 4 + [(4, 5)] + [(4, 1)] * 6
+    codes = pipe([0, 1, 2, 3], generator=seed(), **arguments).codes
+    assert steps == [(4, 0)] + [(4, 1)] * 4 + [(8, 5)] + [(8, 1)] * 6
     arguments = {"prefix_codes": codes[:, :5], "guidance_scale": 5.0, "output_type": "latent"}
-    assert torch.equal(pipe([0, 1], generator=seed(), **arguments).codes, codes)
+    assert torch.equal(pipe([0, 1, 2, 3], generator=seed(), **arguments).codes, codes)
 
 
 def test_interruption_keeps_what_is_there(pipe, steps):

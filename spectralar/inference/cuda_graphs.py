@@ -83,6 +83,19 @@ def capture(function: Callable[[], None], pool: Any) -> Callable[[], None]:
     return graph.replay
 
 
+def captured(function: Callable[[], None], pool: Any) -> Callable[[], None] | None:
+    """What `capture` gives; None if that has failed, which is logged once."""
+    if _failed:
+        return None
+    try:
+        with _lock:
+            return capture(function, pool)
+    except RuntimeError as error:
+        _failed.append(str(error).splitlines()[0])
+        _log_once(f"sampling without CUDA graphs: capture failed: {_failed[0]}")
+        return None
+
+
 @functools.cache
 def _capture_stream(device: int) -> torch.cuda.Stream:
     """One for all graphs: each stream takes a workspace of its own for products."""
@@ -101,7 +114,8 @@ class Buffers:
     codes: Tensor  # (B, N) int64
     uniforms: Tensor  # (B, N)
     scales: Tensor  # (N,)
-    conditioning: Conditioning  # of B rows, or 2B with guidance
+    image_of: Tensor  # (R,) int64, of each row of the transformer
+    conditioning: Conditioning  # of R rows: B, or 2B with guidance
     cache: SamplingCache
     pool: Any
     graphs: dict[int, Callable[[], None]] = field(default_factory=dict)  # by index
@@ -141,7 +155,7 @@ class GraphedTokenGenerator(TokenGenerator):
             n = uniforms.shape[1]
             self._buffers = Buffers(
                 given.new_zeros(rows, n), uniforms.new_zeros(rows, n), torch.empty_like(self._scales),
-                Conditioning(*map(torch.empty_like, self._conditioning)), self._cache, graph_pool(),
+                self._image_of, Conditioning(*map(torch.empty_like, self._conditioning)), self._cache, graph_pool(),
             )  # fmt: skip
         buffers = self._buffers
         for ours, new in zip(buffers.conditioning, self._conditioning, strict=True):
@@ -150,7 +164,7 @@ class GraphedTokenGenerator(TokenGenerator):
         buffers.uniforms[: given.shape[0]] = uniforms
         buffers.scales.copy_(torch.tensor(self._scales_set, dtype=self._scales.dtype, device="cpu"))
         self.codes, self.uniforms, self._scales = buffers.codes, buffers.uniforms, buffers.scales
-        self._conditioning = buffers.conditioning
+        self._image_of, self._conditioning = buffers.image_of, buffers.conditioning
 
     def _empty_cache(self, rows: int) -> SamplingCache:
         return super()._empty_cache(rows) if self._buffers is None else self._buffers.cache
@@ -161,15 +175,9 @@ class GraphedTokenGenerator(TokenGenerator):
             graphs[index]()
             return
         super()._step(index)
-        if _failed:
-            return
         step = super()._step
-        try:
-            with _lock:
-                graphs[index] = capture(lambda: step(index), self._buffers.pool)
-        except RuntimeError as error:
-            _failed.append(str(error).splitlines()[0])
-            _log_once(f"sampling without CUDA graphs: capture failed: {_failed[0]}")
+        if graph := captured(lambda: step(index), self._buffers.pool):
+            graphs[index] = graph
 
     def _key_of(self, guided: bool) -> tuple:
         """All that a graph has taken in as a constant: where the weights are, sizes, filters."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..sampling import guidance_at, guide, sample_tokens
 from ..transformer import Conditioning, SamplingCache, SpectralARTransformer
+
+ROWS_TOGETHER = 4
+WIDEST_FILLED = 256
 
 
 class TokenGenerator:
@@ -45,8 +50,10 @@ class TokenGenerator:
         self.filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self.codebook_sizes = codebook_sizes
         # Guidance scale of each token: on the device, as all that a step reads, and as it was set last.
-        self._scales = torch.ones(transformer.config.num_tokens, dtype=_logits_dtype(transformer), device=codes.device)
+        self._scales = torch.ones(transformer.config.num_tokens, dtype=logits_dtype(transformer), device=codes.device)
         self._scales_set = [1.0] * transformer.config.num_tokens
+        self._guided = False
+        self._image_of: Tensor | None = None  # (R,) int64, the image of each row of the transformer
         self._conditioning: Conditioning | None = None
         self._cache: SamplingCache | None = None
 
@@ -61,7 +68,7 @@ class TokenGenerator:
         w = guidance_at(index, self.transformer.config.num_tokens, guidance_scale, self.guidance_schedule)
         if w != self._scales_set[index]:
             self._scales[index] = self._scales_set[index] = w
-        if self._cache is None or (guided and self._conditioning.start.shape[0] == self.codes.shape[0]):
+        if self._cache is None or (guided and not self._guided):
             # The first token, or one after a change from outside: all tokens so far run at once.
             self._begin(guided)
             if index:
@@ -70,10 +77,13 @@ class TokenGenerator:
         self._step(index)
 
     def _begin(self, guided: bool) -> None:
-        """Conditioning and an empty cache for B rows, or 2B with the unconditional ones."""
+        """Conditioning and an empty cache for B rows, or 2B with the unconditional ones, and spare ones."""
         labels = self.class_labels
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, self.transformer.null_label)])  # (2B,)
+        self._guided = guided
+        labels = F.pad(labels, (0, rows_to_run(self.transformer, len(labels)) - len(labels)))  # (R,)
+        self._image_of = torch.arange(len(labels), dtype=torch.int64, device=labels.device) % len(self.class_labels)
         self._conditioning = self.transformer.condition(labels)
         self._cache = self._empty_cache(labels.shape[0])
 
@@ -89,23 +99,67 @@ class TokenGenerator:
         self._pick(index, self._run(self.codes[:, index - 1 : index] if index else None, index))
 
     def _run(self, tokens: Tensor | None, position: int) -> Tensor:
-        """Logits (B or 2B, K) of the token behind `tokens` (B, T), which are at `position` of the sequence."""
+        """Logits (R, K) of the token behind `tokens` (B, T), which are at `position` of the sequence."""
         if tokens is not None:
-            tokens = tokens.repeat(self._conditioning.start.shape[0] // self.codes.shape[0], 1)  # (B or 2B, T)
+            tokens = tokens.index_select(0, self._image_of)  # (R, T)
         return self.transformer.step(tokens, position, self._conditioning, self._cache)
 
     def _pick(self, index: int, logits: Tensor) -> None:
         """Guidance, filters, and the choice of token `index`."""
-        if logits.shape[0] > self.codes.shape[0]:
-            cond, uncond = logits.chunk(2)
-            logits = guide(cond, uncond, self._scales[index])
-        if self.codebook_sizes is not None:
-            logits[:, self.codebook_sizes[index] :] = -torch.inf
-        self.codes[:, index] = sample_tokens(logits, self.uniforms[:, index], **self.filters)
+        batch = self.codes.shape[0]
+        uncond = logits[batch : 2 * batch] if self._guided else None
+        size = None if self.codebook_sizes is None else self.codebook_sizes[index]
+        self.codes[:, index] = choose(
+            logits[:batch], uncond, self._scales[index], self.uniforms[:, index], size, **self.filters
+        )
 
     def close(self) -> None:
         """To be called when no more tokens are wanted."""
 
 
-def _logits_dtype(transformer: SpectralARTransformer) -> torch.dtype:
+def choose(
+    cond: Tensor, uncond: Tensor | None, scale: Tensor, uniforms: Tensor, codebook_size: int | Tensor | None,
+    **filters: Any,
+) -> Tensor:  # fmt: skip
+    """From logits to tokens: guidance, then what the position may use of the codebook, filters, and the choice.
+
+    Args:
+        cond, uncond: (B, K); no `uncond`, no guidance. `cond` may be written to.
+        scale: of guidance, () or (B, 1).
+        uniforms: (B,) in [0, 1).
+        codebook_size: entries that may be used, of a tokenizer with nested codebooks, (B, 1) if not the same for
+            all. None: all K.
+        filters: temperature, top_k, top_p, see `sampling`.
+
+    Returns:
+        (B,) int64.
+    """
+    logits = cond if uncond is None else guide(cond, uncond, scale)
+    if isinstance(codebook_size, Tensor):
+        entries = torch.arange(logits.shape[1], dtype=torch.int64, device=logits.device)
+        logits = logits.masked_fill(entries >= codebook_size, -torch.inf)
+    elif codebook_size is not None:
+        logits[:, codebook_size:] = -torch.inf
+    return sample_tokens(logits, uniforms, **filters)
+
+
+def rows_to_run(transformer: SpectralARTransformer, rows: int) -> int:
+    """Rows to run for so many: multiples of four, with spare ones, where `sums_in_order`.
+
+    BLAS sums in another order for one to three rows than for more. So filled up, an image's logits are the same to
+    the bit whatever it is sampled with, also by an `Engine`, if torch runs on one thread.
+    """
+    return -(-rows // ROWS_TOGETHER) * ROWS_TOGETHER if sums_in_order(transformer) else rows
+
+
+def sums_in_order(transformer: SpectralARTransformer) -> bool:
+    """Whether few rows are filled up: on a CPU, for a model of width 256 or less.
+
+    For a wider one, whose weights are what takes the time, few rows stay as they are: their logits are the same as
+    among others up to rounding.
+    """
+    return transformer.device.type == "cpu" and transformer.config.hidden_size <= WIDEST_FILLED
+
+
+def logits_dtype(transformer: SpectralARTransformer) -> torch.dtype:
     return torch.promote_types(transformer.dtype, torch.float32)

@@ -14,6 +14,11 @@ MASK_TOKENS_AT_ONCE = 512
 LONGEST_WAIT = 16
 
 
+def largest_group(tokenizer: SpectralTokenizer, batch_size: int, every: int = 1) -> int:
+    """Frames of a batch, `every` tokens apart, that are decoded at once."""
+    return max(1, min(LONGEST_WAIT // every, MASK_TOKENS_AT_ONCE // (batch_size * tokenizer.num_patches)))
+
+
 class HostCopy:
     """A tensor on its way to the host. From CUDA it goes on a stream of its own, while the device computes on."""
 
@@ -59,8 +64,7 @@ class FrameStream:
         self._waiting: list[Tensor] = []  # codes to be decoded
         self._copied: tuple[list[Tensor], HostCopy] | None = None  # codes, and their images on the way
         self._decoder: PrefixDecoder | None = None
-        rows = batch_size * tokenizer.num_patches
-        self._largest_group = max(1, min(LONGEST_WAIT // every, MASK_TOKENS_AT_ONCE // rows))
+        self._largest_group = largest_group(tokenizer, batch_size, every)
         self._group = 1
 
     def add(self, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spectralar.inference import cuda_graphs
+from spectralar.inference.batch import SamplingBatch
 from spectralar.inference.cuda_graphs import KEPT, GraphedTokenGenerator, bucket, token_generator
 from spectralar.inference.generation import TokenGenerator
 from tests.helpers import seed, tiny_pipeline, tiny_transformer
+from tests.inference.test_batch import alone, request
 
 N = 12
 aten = torch.ops.aten
@@ -249,3 +251,30 @@ def test_which_generator(monkeypatch, caplog):
 
 def test_buckets():
     assert [bucket(n) for n in (1, 2, 3, 5, 33, 64, 65, 128, 200)] == [1, 2, 4, 8, 64, 64, 128, 128, 256]
+
+
+def test_a_batch_is_captured_for_each_bucket(captured, monkeypatch):
+    """Requests come and go between replays, with other labels, numbers, scales and positions."""
+    batch = SamplingBatch(tiny_transformer(), 32)
+    record = cuda_graphs.capture
+
+    def capture(function, pool):  # a graph is captured without being run, which the recorder cannot do
+        buffers = (batch._tokens, batch._positions, batch._codes)
+        before = [buffer.clone() for buffer in buffers]
+        replay = record(function, pool)
+        for buffer, was in zip(buffers, before, strict=True):
+            buffer.copy_(was)
+        return replay
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    wanted = [request(1 + i % 2, i % 4, number=i, guidance_scale=1.5 + i, prefix=(3,) * (i % 3)) for i in range(6)]
+    expected = [alone(batch.transformer, each) for each in wanted]
+    for each in wanted:
+        batch.add(each)
+        for _ in range(4):
+            batch.step()
+    while not all(each.done for each in wanted):
+        batch.step()
+    for each, codes in zip(wanted, expected, strict=True):
+        assert torch.equal(each.codes, codes)
+    assert len(batch._graphs) == len(captured) <= 4  # 4 to 16 rows
