@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import yaml
 
 from .configs.config import Config, load_config
-from .runs.command_line import clear_errors
+from .runs.command_line import check_output, clear_errors
 
 # Levels of finite scalars, by the number of codes: those of Mentzer et al. (2023), table 1, and one for 2048.
 FSQ_LEVELS = ([8, 6, 5], [8, 5, 5, 5], [8, 8, 6, 5], [7, 5, 5, 5, 5], [8, 8, 8, 6, 5], [8, 8, 8, 5, 5, 5])
@@ -43,9 +43,9 @@ def tables(config: Config) -> dict[str, dict[str, list[str]]]:
     # By table and run: what it sets of the tokenizer, and of its training.
     choices = {
         "losses": {
-            "squared error": ("", "perceptual='' adversarial=''"),
-            "with perceptual loss": ("", "perceptual=efficientnet-lite0 adversarial=''"),
-            "with adversarial loss in the second half": ("", f"perceptual='' {late}"),
+            "squared error": ("", "perceptual= adversarial="),
+            "with perceptual loss": ("", "perceptual=efficientnet-lite0 adversarial="),
+            "with adversarial loss in the second half": ("", f"perceptual= {late}"),
             "with both": ("", f"perceptual=efficientnet-lite0 {late}"),
         },
         "quantizer": {
@@ -307,6 +307,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Config]
     except ValueError as error:
         parser.error(str(error))
     args.output = args.output or Path("runs") / f"ablate-{config.name}"
+    check_output(parser, args.output)
     return args, config
 
 

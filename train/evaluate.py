@@ -36,6 +36,7 @@ from spectralar.spectral import gaussian_psnr
 
 from .configs.config import Config, load_config
 from .data.codes import fingerprint
+from .data.decoding import on_main
 from .data.images import ImageSet, load_images
 from .data.mixing import load_mixed
 from .data.order import in_proportion
@@ -55,13 +56,14 @@ from .evaluation.measurements import (
     reconstruct,
     references,
 )
+from .evaluation.metrics import LEAST_MANIFOLD, MANIFOLD
 from .evaluation.neighbours import Looked, find_neighbours
 from .evaluation.pictures import draw_neighbours, draw_reconstructions, draw_samples
 from .evaluation.report import markdown
-from .evaluation.report_figures import draw_charts
+from .evaluation.report_figures import draw_charts, may_fail
 from .evaluation.report_page import page
 from .objectives.losses import PERCEPTUAL_LOSSES, make_perceptual_loss
-from .runs.command_line import clear_errors, read
+from .runs.command_line import check_output, clear_errors, read
 from .runs.engine import make_accelerator
 from .runs.processes import Team
 
@@ -114,12 +116,16 @@ def evaluate(
             samples[best].first(args.neighbours), Looked(run.images, real).first(args.neighbours),
             rebuilt.first(args.neighbours), Looked(train.images, seen),
         )  # fmt: skip
-        draw_neighbours(
-            run.pipe.class_names, run.folder, samples[best].pixels, run.sample_labels, train.images, places
-        )
+    write_results(results, run.folder)
     with timed(run, results, "figures"):
-        draw_samples(run.pipe, run.folder, bank, run.sample_labels, best, run.shown_lengths)
-        draw_reconstructions(run.pipe, run.folder, run.images, run.labels, codes, run.shown_lengths)
+        with may_fail("neighbours"):
+            draw_neighbours(
+                run.pipe.class_names, run.folder, samples[best].pixels, run.sample_labels, train.images, places
+            )
+        with may_fail("samples"):
+            draw_samples(run.pipe, run.folder, bank, run.sample_labels, best, run.shown_lengths)
+        with may_fail("reconstructions"):
+            draw_reconstructions(run.pipe, run.folder, run.images, run.labels, codes, run.shown_lengths)
         draw_charts(results, run.folder / "figures")
 
 
@@ -168,6 +174,17 @@ def check_fit(pipe: SpectralARPipeline, judges: dict[str, Judge], data: ImageSet
                 f"{', with ' + ', '.join(different) if different and named else ''}: take the --config that it was "
                 "trained with."
             )
+
+
+def check_counts(args: argparse.Namespace, train: ImageSet, heldout: ImageSet) -> None:
+    """Says what cannot be measured on so few images; ends the program if that is nearly all."""
+    counts = f"{len(heldout)} held-out and {len(train)} training images"
+    if min(len(train), len(heldout)) < 2:
+        raise SystemExit(
+            f"Fréchet distances take two images of each kind or more, and there are {counts}: add images."
+        )
+    if min(len(train), len(heldout), args.samples) < LEAST_MANIFOLD and on_main():
+        print(f"{', '.join(MANIFOLD)} take {LEAST_MANIFOLD} images of each kind: with {counts} they are left out.")
 
 
 def make_judges(args: argparse.Namespace, config: Config, device: torch.device) -> dict[str, Judge]:
@@ -237,6 +254,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Config]
         args.samples = args.images = args.prefix_images = args.neighbours = DRY_IMAGES
     if args.threads < 1:
         parser.error(f"--threads must be at least 1, not {args.threads}.")
+    if not args.dry_run:
+        check_output(parser, args.output)
     if not (args.model / "model_index.json").is_file():
         parser.error(f"{args.model} holds no pipeline: give the folder that train.train_transformer wrote.")
     try:
@@ -303,6 +322,7 @@ def main(argv: list[str] | None = None) -> None:
         train = random_images(read(load_images, config.data, "train"), args.images, args.seed)
         others = {name: random_images(split, args.images, args.seed) for name, split in splits.items()}
         heldout = others.pop("")
+        check_counts(args, train, heldout)
         counts = splits[""].labels.bincount(minlength=len(heldout.class_names))
         if args.classes == "even":
             counts.fill_(1)
@@ -339,16 +359,22 @@ def output_folder(args: argparse.Namespace, team: Team) -> Iterator[Path]:
         team.wait()
 
 
+def write_results(results: dict[str, Any], folder: Path) -> None:
+    _write(folder / "results.json", json.dumps(results, indent=1))
+
+
 def write_report(results: dict[str, Any], folder: Path) -> None:
     """results.json, report.md and report.html, each whole or not at all."""
-    texts = {
-        "results.json": json.dumps(results, indent=1), "report.md": markdown(results),
-        "report.html": page(results, folder),
-    }  # fmt: skip
-    for name, text in texts.items():
-        partial = folder / f"{name}.partial"
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, folder / name)
+    write_results(results, folder)
+    _write(folder / "report.md", markdown(results))
+    _write(folder / "report.html", page(results, folder))
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    # Paths and names may hold bytes that are no UTF-8.
+    partial.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    os.replace(partial, path)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def train(run: Run, config: Config, data: ImageSet, heldout: ImageSet) -> None:
     run.print(describe_classes(data.labels, data.class_names, config.data.class_balance))
 
     fetch = run.prefetch(data)
-    done = run.resume()
+    done = run.resume(len(data), class_names=data.class_names)
     for step in run.steps(done):
         loss_sum = torch.zeros((), device=device)
         for part, (chosen, slot, slots) in enumerate(run.micro_batches(data, step)):

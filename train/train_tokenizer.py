@@ -155,7 +155,7 @@ def train(run: Run, config: Config, sources: dict[str, ImageSet], heldout: dict[
     fitted = tokenizer.shortcut is not None
     quantize_from = 0 if stage.init_from or fitted else stage.quantize_from
     fetch = run.prefetch(data)
-    done = run.resume(train_tokenizer=facts)
+    done = run.resume(len(data), train_tokenizer=facts)
     if fitted and not (done or stage.init_from or run.dry):
         fit(tokenizer, sample_to_fit(config, sources), stage.seed, run.is_main)
     ema.to(device)  # a checkpoint is loaded to the CPU

@@ -154,7 +154,7 @@ def train(run: Run, config: Config) -> None:
     run.print(describe_classes(source.labels, source.class_names, config.data.class_balance))
 
     done = run.resume(
-        tokenizer_weights=fingerprint(tokenizer), class_names=source.class_names,
+        len(source), tokenizer_weights=fingerprint(tokenizer), class_names=source.class_names,
         train_transformer={"early_stopping": stage.early_stopping},
     )  # fmt: skip
     ema.to(device)  # a checkpoint is loaded to the CPU

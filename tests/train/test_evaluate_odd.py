@@ -17,7 +17,7 @@ from train.evaluation.report import code, plain
 ODD = [
     "$a_$",
     "100% #1",
-    "<b>bold</b>",
+    "<b>bold",
     "\"q'",
     "\N{GRINNING FACE}",
     "שלום",
@@ -89,7 +89,7 @@ def test_too_few_images_are_said_at_once(folder_of):
     assert not (folder / "evaluation").exists()
 
 
-def test_names_may_be_anything(folder_of, recwarn):
+def test_names_may_be_anything(folder_of):
     folder = folder_of(ODD, 2, 2, name="$x_$ <i>&amp; `y` | *z*")
     evaluate(folder)
     page, text = ((folder / "evaluation" / f"report.{kind}").read_text() for kind in ("html", "md"))
@@ -123,7 +123,7 @@ def test_a_figure_that_fails_costs_that_figure_alone(folder_of, monkeypatch, cap
     page = (folder / "evaluation" / "report.html").read_text()
     left_out = 1 if broken == "_guidance" else 5
     assert page.count("This figure could not be drawn.") == left_out
-    assert page.count("<svg") == 5 - (broken == "_guidance")
+    assert page.count("<svg") == 6 - (broken == "_guidance")
     assert "is left out, RuntimeError: no such glyph." in capsys.readouterr().out
 
 

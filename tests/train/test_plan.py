@@ -74,7 +74,7 @@ def load(preset: str, *overrides: str):
     ("fashion-mnist-32", True), ("tiny-imagenet-64", False), ("imagenet-256-d16", True),
 ])  # fmt: skip
 def test_operations_are_those_counted(preset, checkpointing):
-    config = load(preset, "train_tokenizer.perceptual=''", "train_tokenizer.adversarial=''")
+    config = load(preset, "train_tokenizer.perceptual=", "train_tokenizer.adversarial=")
     for stage in (config.train_tokenizer, config.train_transformer):
         stage.gradient_checkpointing = checkpointing
     plans = {plan.name: plan for plan in plan_stages(config, 1, CLASSES)}
@@ -124,7 +124,7 @@ def test_networks_that_judge_cost_what_is_counted():
     assert extra_flops(config) == pytest.approx(counted, rel=0.01)
     assert PERCEPTUAL_FLOPS["lpips-vgg"] == pytest.approx(2 * 15.35e9, rel=0.01)  # VGG-16 without its classifier
 
-    config = load("tiny-imagenet-64", "train_tokenizer.perceptual=''", "train_tokenizer.adversarial=patchgan")
+    config = load("tiny-imagenet-64", "train_tokenizer.perceptual=", "train_tokenizer.adversarial=patchgan")
     network = PatchDiscriminator(3, config.train_tokenizer.discriminator_width)
     counted = count_flops(lambda: network(x[:1].detach()))
     assert extra_flops(config) == pytest.approx(8 * counted, rel=1e-6)

@@ -352,7 +352,7 @@ def test_another_model_is_refused_and_the_run_left_as_it_is(scripts, command, tm
     code, text = scripts.run("train_tokenizer", command("tokenizer", "tokenizer.hidden_size=32", "data.image_size=24"))
     assert code == 1
     changes = "tokenizer.image_size=16, not 24 and tokenizer.hidden_size=16, not 32"
-    assert f"was trained with {changes}: set that back, or take another --output." in text
+    assert f"was trained with {changes}: set that back, take another --output, or delete" in text
     assert "Traceback" not in text
     assert (tmp_path / "train_tokenizer" / "config.yaml").read_text() == kept
 
@@ -361,6 +361,19 @@ def test_another_optimizer_is_refused(scripts, command, tmp_path):
     stop_at(scripts, command("tokenizer"), "tokenizer", 4)
     code, text = scripts.run("train_tokenizer", command("tokenizer", "train_tokenizer.optimizer=muon"))
     assert code == 1 and "was trained with train_tokenizer.optimizer=adamw, not muon: set that back" in text
+
+
+def test_other_images_take_a_flag(scripts, command, tmp_path):
+    stop_at(scripts, command("tokenizer"), "tokenizer", 4)
+    kept = (tmp_path / "train_tokenizer" / "config.yaml").read_text()
+    other = ["data.limit=40", "train_tokenizer.batch_size=4", "train_tokenizer.seed=7"]
+    code, text = scripts.run("train_tokenizer", command("tokenizer", *other))
+    assert code == 1 and "Traceback" not in text
+    for change in ("data.limit=0, not 40", "train_tokenizer.batch_size=8, not 4", "54 images, not 40"):
+        assert change in text
+    assert (tmp_path / "train_tokenizer" / "config.yaml").read_text() == kept
+    code, text = scripts.run("train_tokenizer", command("tokenizer", *other, "--allow-changes"))
+    assert code == 0 and "Until step" in text and newest_step(tmp_path, "tokenizer") == STEPS, text
 
 
 def test_a_run_starts_from_a_trained_tokenizer(scripts, command, reference, tmp_path):
@@ -380,6 +393,10 @@ def test_other_settings_of_the_training_itself_may_change(scripts, command, tmp_
     code, text = scripts.run("train_tokenizer", command("tokenizer", *settings))
     assert code == 0, text
     assert newest_checkpoint(tmp_path, "tokenizer").name == "step-00000026"
+    assert "train_tokenizer.lr=0.001, not 1e-05 and train_tokenizer.steps=24, not 26." in text
+    assert (tmp_path / "train_tokenizer" / "config.yaml").exists()
+    (before,) = (tmp_path / "train_tokenizer").glob("config-until-*.yaml")
+    assert "lr: 0.001" in before.read_text()
     assert max(line["lr"] for line in metrics(tmp_path, "tokenizer") if line["step"] > 20 and "lr" in line) <= 1e-5
 
 
@@ -392,7 +409,8 @@ def test_a_transformer_is_not_continued_on_codes_of_another_tokenizer(scripts, c
     tokenizer.half().save_pretrained(tmp_path / "tokenizer")
     code, text = scripts.run("train_transformer", [*argv[:3], "train_transformer.codes=on-the-fly"])
     assert code == 1
-    assert re.search(r"was trained with tokenizer_weights=\w{16}, not \w{16}: set that back", text)
+    assert "was trained with another tokenizer than the one that is beside it now" in text
+    assert f"or delete {tmp_path}/train_transformer to train this stage anew" in text
 
 
 def test_a_second_run_in_the_same_folder_is_refused(scripts, command, reference, tmp_path):

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -151,12 +152,14 @@ class LazyImages:
 def pack_folder(cfg: DataConfig, split: str, version: str) -> Path:
     """Where the decoded images of a split belong; another folder for another source or other settings."""
     root = cfg.cache or os.environ.get("SPECTRALAR_CACHE")
-    root = root or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "spectralar"
+    root = os.path.expanduser(root or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "spectralar")
+    if root.startswith("~"):  # whoever runs this has no home
+        root = Path(tempfile.gettempdir()) / f"spectralar-{os.getuid()}"
     settings = {name: value for name, value in asdict(cfg).items() if name not in IRRELEVANT}
     identity = json.dumps([PREPROCESSING, version, split, settings], sort_keys=True)
     name = re.sub(r"\W+", "-", Path(cfg.source).name).strip("-")[-40:]
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    return Path(root).expanduser() / f"{name}-{split}-{cfg.image_size}-{digest}"
+    return Path(root) / f"{name}-{split}-{cfg.image_size}-{digest}"
 
 
 def read_pack(folder: Path) -> Pack | None:

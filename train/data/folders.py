@@ -44,7 +44,7 @@ class Entry:
         """Its path below the folder, as it can be shown and written: bytes that are no UTF-8 as \\xff."""
         return os.fsencode("/".join(self.parts)).decode("utf-8", "backslashreplace")
 
-    @property
+    @functools.cached_property
     def is_image(self) -> bool:
         return not self.left_out and os.path.splitext(self.parts[-1])[1].lower() in image_suffixes()
 

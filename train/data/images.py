@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -309,7 +310,7 @@ def _readable(names: list[str], mapping_file: str) -> list[str]:
     if not mapping_file:
         return list(names)
     try:
-        mapping = json.loads(Path(mapping_file).expanduser().read_text(encoding="utf-8"))
+        mapping = json.loads(Path(os.path.expanduser(mapping_file)).read_text(encoding="utf-8"))
         values = [mapping.get(name, name) for name in names]  # "goldfish, Carassius auratus" or a list
         parts = [value.split(",") if isinstance(value, str) else value for value in values]
         parts = [[part.strip() for part in value] for value in parts]

@@ -3,6 +3,7 @@
 Fashion-MNIST's idx files, folders of class folders, Parquet files, and what `datasets` loads from the Hub.
 """
 
+import errno
 import gzip
 import hashlib
 import io
@@ -63,7 +64,7 @@ def list_images(cfg: DataConfig, split: str) -> Listing:
         raise ValueError(
             f"data.source={cfg.source!r} is an address, which can only be streamed: set data.decode=stream."
         )
-    path = Path(cfg.source).expanduser()
+    path = Path(os.path.expanduser(cfg.source))
     if path.is_dir():
         entries = walk(path)
         files = parquet_files(cfg, path, entries)
@@ -85,7 +86,7 @@ def source_version(cfg: DataConfig) -> str:
     Raises:
         ValueError: the Hub has no such data set.
     """
-    path = Path(cfg.source).expanduser()
+    path = Path(os.path.expanduser(cfg.source))
     if cfg.source == "fashion-mnist":
         path = _fashion_mnist_root(cfg)
     if path.is_dir():
@@ -112,7 +113,7 @@ def _matching(path: Path) -> list[str]:
 
 
 def _fashion_mnist_root(cfg: DataConfig) -> Path:
-    return Path(cfg.root or os.environ.get("FASHION_MNIST_DIR") or FASHION_MNIST_DIR).expanduser()
+    return Path(os.path.expanduser(cfg.root or os.environ.get("FASHION_MNIST_DIR") or FASHION_MNIST_DIR))
 
 
 def _fashion_mnist(cfg: DataConfig, split: str) -> Listing:
@@ -185,6 +186,11 @@ def _load(source: str, split: str, files: list[str] | None = None) -> "datasets.
         more = {"data_files": [escape(name) for name in files]} if files else {}
         return datasets.load_dataset(source, split=split, **more)
     except Exception as error:  # each builder and each layer of the network raises kinds of its own
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ValueError(
+                f"`datasets` may not write where it keeps what it has read ({reason(error)}): set the environment "
+                "variable HF_DATASETS_CACHE to a folder that may be written."
+            ) from error
         what = quoted(files, 3) if files else f"{source!r} (no folder here, so taken for a Hub id)"
         raise ValueError(
             f"`datasets` cannot load split {split!r} of {what}, {reason(error)}: check data.source, "

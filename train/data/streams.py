@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -161,7 +162,7 @@ def _find(cfg: DataConfig) -> Found:
     )
     if cfg.source == "fashion-mnist":
         raise not_parquet
-    local = Path(cfg.source).expanduser()
+    local = Path(os.path.expanduser(cfg.source))
     if "://" not in cfg.source and not local.exists() and is_hub_id(cfg.source):
         return _find_on_hub(cfg)
     with _clear(cfg):

@@ -26,7 +26,14 @@ from torch import Tensor
 
 from ..objectives.losses import load_efficientnet_lite, to_rgb
 from .classifier import load_classifier
-from .metrics import frechet_estimate, inception_score_estimate, manifold_estimates, mean
+from .metrics import (
+    LEAST_MANIFOLD,
+    MANIFOLD,
+    frechet_estimate,
+    inception_score_estimate,
+    manifold_estimates,
+    mean,
+)
 
 JUDGES = ("classifier", "efficientnet-lite1", "inception")
 LITE_INPUT = 240  # pixels, what EfficientNet-Lite1 was trained at
@@ -269,7 +276,8 @@ def compare(real: Judged, fake: Judged, labels: Tensor, manifold_images: int, pa
     Returns:
         "images", their number; "fd" and "sfd", over all of both sets; "inception_score", "accuracy" and
         "accuracy_top5", over all of `fake`; "precision", "recall", "density" and "coverage", over the first
-        `manifold_images` of each set. What the judge cannot tell is None. "errors" has their standard errors.
+        `manifold_images` of each set. What the judge cannot tell, or so few images, is None. "errors" has their
+        standard errors.
     """
     estimates = {
         "fd": frechet_estimate(real.features, fake.features, paired),
@@ -277,8 +285,11 @@ def compare(real: Judged, fake: Judged, labels: Tensor, manifold_images: int, pa
         "inception_score": inception_score_estimate(fake.probabilities),
         "accuracy": _mean_or_none(fake.hits(labels)),
         "accuracy_top5": _mean_or_none(fake.hits(labels, TOP)),
-        **manifold_estimates(real.first(manifold_images).features, fake.first(manifold_images).features),
+        **dict.fromkeys(MANIFOLD),
     }
+    if manifold_images >= LEAST_MANIFOLD:
+        sets = (judged.first(manifold_images).features for judged in (real, fake))
+        estimates |= manifold_estimates(*sets)
     return {
         "images": len(fake),
         "manifold_images": manifold_images,

@@ -18,6 +18,9 @@ from torch import Tensor
 
 ROWS = 1024  # of a distance matrix held at a time
 INTERVAL = 1.96  # standard errors either side that make up 95 %
+MANIFOLD_K, DENSITY_K = 3, 5  # neighbours that balls reach to
+LEAST_MANIFOLD = DENSITY_K + 1  # points of a set in which every one has so many neighbours
+MANIFOLD = ("precision", "recall", "density", "coverage")
 
 
 class Estimate(NamedTuple):
@@ -103,7 +106,7 @@ def _error(influence: Tensor) -> float:
     return float(influence.std() / math.sqrt(len(influence)))
 
 
-def manifold_metrics(real: Tensor, fake: Tensor, k: int = 3, density_k: int = 5) -> dict[str, float]:
+def manifold_metrics(real: Tensor, fake: Tensor, k: int = MANIFOLD_K, density_k: int = DENSITY_K) -> dict[str, float]:
     """How much of each set lies where the other one is, in balls that reach to the k-th nearest neighbour.
 
     "precision": share of fake points inside some real point's ball; "recall": share of real points inside some fake
@@ -120,7 +123,9 @@ def manifold_metrics(real: Tensor, fake: Tensor, k: int = 3, density_k: int = 5)
     return {name: estimate.value for name, estimate in manifold_estimates(real, fake, k, density_k).items()}
 
 
-def manifold_estimates(real: Tensor, fake: Tensor, k: int = 3, density_k: int = 5) -> dict[str, Estimate]:
+def manifold_estimates(
+    real: Tensor, fake: Tensor, k: int = MANIFOLD_K, density_k: int = DENSITY_K
+) -> dict[str, Estimate]:
     """`manifold_metrics` with standard errors over draws of the points that are counted; the balls are taken as given.
 
     Raises:

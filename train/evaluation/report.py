@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ def markdown(results: dict[str, Any]) -> str:
     """All tables, with the command, versions, seed, numbers of images and the judges' hashes that they depend on."""
     r, best = results, results["best_guidance_scale"]
     sections = [
-        f"## Evaluation of {r['model']['name']}",
+        f"## Evaluation of {plain(r['model']['name'])}",
         _how(r),
         f"### Reconstruction and codebook\n\n{_reconstruction(r)}",
         f"### Quality by prefix length\n\n{_prefixes(r)}",
@@ -60,6 +62,19 @@ def markdown(results: dict[str, Any]) -> str:
         "![Codebook by position](figures/codebook.png)",
     ]
     return "\n\n".join(sections)
+
+
+def plain(text: str) -> str:
+    """Text that somebody chose, as Markdown and HTML that show it as it is."""
+    text = re.sub(r"([\\`*_\[\]])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    return re.sub(r"[|$~]", lambda match: f"&#{ord(match[0])};", text)
+
+
+def code(text: str) -> str:
+    """The same as code, which may hold backticks."""
+    text = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:
@@ -97,9 +112,10 @@ def _how(r: dict[str, Any]) -> str:
     }[r["data"]["sampled_classes"]]  # fmt: skip
     several = f"; {r['processes']} processes" if r["processes"] > 1 else ""
     return (
-        f"Made by `{r['command']}` ({versions}; {r['device']}{several}; seed {r['seed']}).\n\n"
-        f"Held-out images are the split {r['data']['heldout']!r} of {source_name(r['data']['source'])}, which neither "
-        "the models nor the judges were trained on. Fréchet distance (FD), the same of a map's positions (sFD), "
+        f"Made by {code(r['command'])} ({versions}; {r['device']}{several}; seed {r['seed']}).\n\n"
+        f"Held-out images are the split {plain(repr(r['data']['heldout']))} of "
+        f"{plain(source_name(r['data']['source']))}, which neither the models nor the judges were trained on. "
+        "Fréchet distance (FD), the same of a map's positions (sFD), "
         "inception score (IS), class accuracy, precision, recall, density and coverage are taken in the features of a "
         f"fixed network:\n\n{judges}\n\n"
         "Figures of one judge compare with each other, and only those of Inception-V3 with published ones. All images "

@@ -2,42 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+from tqdm import tqdm
 
 from spectralar.analysis.chart import LIGHT, Chart
 
+from ..data.listing import reason
+
+T = TypeVar("T")
 PANEL = 3.1, 2.6  # inches
 MARKERS = "osD^v"
 
 
-def charts(results: dict[str, Any]) -> dict[str, Chart]:
-    """All curves, by the name of their file. The first judge's have plain names, another's end in its name."""
-    found = {
-        "prefix-quality": _prefix_quality(results["prefixes"]),
-        "codebook": _codebook(results["codebook"]),
-        "next-token-loss": _loss(results["next_token_loss"]),
+def charts(results: dict[str, Any], rendered: Callable[[Chart], T]) -> dict[str, T]:
+    """All curves as `rendered` makes them, by the name of their file; one that cannot be drawn is left out.
+
+    The first judge's have plain names, another's end in its name.
+    """
+    makers = {
+        "prefix-quality": partial(_prefix_quality, results["prefixes"]),
+        "codebook": partial(_codebook, results["codebook"]),
+        "next-token-loss": partial(_loss, results["next_token_loss"]),
     }
     if "neighbours" in results:
-        found["neighbour-distances"] = _neighbours(results["neighbours"])
+        makers["neighbour-distances"] = partial(_neighbours, results["neighbours"])
     for i, judge in enumerate(results["judges"]):
         ending = f"-{judge}" if i else ""
-        found[f"guidance{ending}"] = _guidance(results, judge)
-        found[f"generated-prefixes{ending}"] = _generated_prefixes(results, judge)
-    return found
+        makers[f"guidance{ending}"] = partial(_guidance, results, judge)
+        makers[f"generated-prefixes{ending}"] = partial(_generated_prefixes, results, judge)
+    drawn = {}
+    for name, make in makers.items():
+        with may_fail(name):
+            drawn[name] = rendered(make())
+    return drawn
+
+
+@contextmanager
+def may_fail(name: str) -> Iterator[None]:
+    """A figure that cannot be drawn costs that figure, and no more of what was measured."""
+    try:
+        yield
+    except Exception as error:  # what libraries raise while they draw is of any kind
+        tqdm.write(f"The figure {name} is left out, {reason(error)}.")
 
 
 def draw_charts(results: dict[str, Any], folder: Path) -> None:
     """All curves as PNG files."""
-    for name, chart in charts(results).items():
-        (folder / f"{name}.png").write_bytes(chart.png(dpi=150))
+    for name, png in charts(results, lambda chart: chart.png(dpi=150)).items():
+        (folder / f"{name}.png").write_bytes(png)
 
 
 class Panels:
@@ -107,12 +129,14 @@ def _guidance(r: dict[str, Any], judge: str) -> Chart:
     samples = sorted(r["samples"], key=lambda m: m["guidance_scale"])
     measures = [m["judged"][judge] for m in samples]
     accurate = measures[0]["accuracy"] is not None
-    panels = Panels("guidance scale", [m["guidance_scale"] for m in samples], 2 + accurate)
+    shares = {name: [m[name] for m in measures] for name in ("precision", "recall", "coverage")}
+    many = measures[0]["recall"] is not None  # images enough
+    panels = Panels("guidance scale", [m["guidance_scale"] for m in samples], 1 + many + accurate)
     levels = {"reconstructions": r["reconstruction"]["judged"][judge]["fd"],
               "training images": r["references"]["train"][judge]["fd"]}  # fmt: skip
     panels.panel("Fréchet distance", {"samples": [m["fd"] for m in measures]}, levels, 1, _from_zero)
-    shares = {name: [m[name] for m in measures] for name in ("precision", "recall", "coverage")}
-    panels.panel("share", shares, columns=1, style=lambda axes: axes.set_ylim(0, 1.02))
+    if many:
+        panels.panel("share", shares, columns=1, style=lambda axes: axes.set_ylim(0, 1.02))
     if accurate:
         levels = {"held-out images": r["references"]["heldout"][judge]["accuracy"]}
         panels.panel("class accuracy", {"samples": [m["accuracy"] for m in measures]}, levels)
@@ -163,7 +187,10 @@ def _whole_x(axes: Axes) -> None:
 
 
 def draw_grid(images: Tensor, rows: list[str], columns: list[str], path: Path) -> None:
-    """Images (R, S, C, H, H) in [-1, 1] as a table of R rows and S columns with their names, every pixel a square."""
+    """Images (R, S, C, H, H) in [-1, 1] as a table of R rows and S columns with their names, every pixel a square.
+
+    Names are shown as they are, whatever is in them.
+    """
     scale = max(1, round(64 / images.shape[-1]))  # small images are enlarged
     pixels = (images.clamp(-1, 1) / 2 + 0.5).movedim(2, -1).expand(*images.shape[:2], -1, -1, 3).numpy()
     pixels = pixels.repeat(scale, axis=2).repeat(scale, axis=3)  # (R, S, h, h, 3)
@@ -175,7 +202,7 @@ def draw_grid(images: Tensor, rows: list[str], columns: list[str], path: Path) -
             canvas[top : top + side, left : left + side] = image
     dpi, names, header = 100, 100, 24  # pixels left and above
     width, height = canvas.shape[1] + names, canvas.shape[0] + header
-    with plt.rc_context({"font.size": 8}):
+    with plt.rc_context({"font.size": 8, "text.parse_math": False}):
         figure = plt.figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
         # One pixel of the canvas is one of the file.
         figure.figimage(canvas, xo=names, yo=0)

@@ -20,15 +20,18 @@ TEMPLATE = Path(__file__).with_name("report_page.html")
 
 def page(results: dict[str, Any], folder: Path) -> str:
     """The whole report, with the sheets in folder/figures."""
-    drawn = charts(results)
+    drawn = charts(results, inline)
 
     def picture(match: re.Match[str]) -> str:
         text, name = match["text"], match["name"]
+        sheet = folder / "figures" / f"{name}.png"
         if name in drawn:
-            inside = inline(drawn[name])
-        else:
-            data = base64.b64encode((folder / "figures" / f"{name}.png").read_bytes()).decode()
+            inside = drawn[name]
+        elif sheet.exists():
+            data = base64.b64encode(sheet.read_bytes()).decode()
             inside = f'<img alt="{text}" src="data:image/png;base64,{data}">'
+        else:
+            inside = "This figure could not be drawn."
         kind = "chart" if name in drawn else "sheet"
         return f'<figure class="{kind}">{inside}<figcaption>{text}</figcaption></figure>'
 
@@ -57,8 +60,9 @@ def tiles(results: dict[str, Any]) -> dict[str, str]:
         "PSNR, all tokens": f"{full['psnr']:.2f} dB",
         "reconstruction FD": f"{full['judged'][judge]['fd']:.2f}",
         f"FD of samples, guidance {scale:g}": f"{best['fd']:.2f}",
-        "recall": f"{best['recall']:.2f}",
     }
+    if best["recall"] is not None:
+        found["recall"] = f"{best['recall']:.2f}"
     if best["accuracy"] is not None:
         found["class accuracy of samples"] = shown(best["accuracy"], 1, True)
     return found

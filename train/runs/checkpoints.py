@@ -14,6 +14,11 @@ from safetensors import SafetensorError
 
 from ..configs.config import Config, config_to_dict, flatten
 
+# Facts that nobody has set and nobody can read.
+IN_WORDS = {
+    "tokenizer_weights": "another tokenizer than the one that is beside it now",
+    "class_names": "other classes than the data has now",
+}
 KEPT = 2  # the newest, and one to fall back on when the newest is damaged
 
 
@@ -31,6 +36,7 @@ class Checkpoints:
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder, self.accelerator = folder, accelerator
         self._newest = -1  # step of the newest whole checkpoint
+        self.manifest: dict[str, Any] = {}  # of the one that was loaded
 
     def save(self, step: int, identity: dict[str, Any]) -> None:
         """Writes a checkpoint of `step` steps, unless that is there, and removes all but the newest `KEPT`.
@@ -71,7 +77,10 @@ class Checkpoints:
                 continue
             changes = _changes(manifest, identity)
             if changes:
-                raise SystemExit(f"{folder} was trained with {changes}: set that back, or take another --output.")
+                raise SystemExit(
+                    f"{folder} was trained with {changes}: set that back, take another --output, or delete "
+                    f"{self.folder.parent} to train this stage anew."
+                )
             try:
                 self.accelerator.load_state(str(folder))
             except Exception as error:  # unpickling damaged files raises all there is
@@ -79,7 +88,7 @@ class Checkpoints:
                     f"{folder} cannot be read ({first_line(error)}): delete it, and the same command falls back on "
                     "the one before."
                 ) from error
-            self._newest = manifest["step"]
+            self._newest, self.manifest = manifest["step"], manifest
             say(f"Resumed from {folder}.")
             return self._newest
         if folders:
@@ -149,7 +158,7 @@ def _changes(manifest: dict[str, Any], identity: dict[str, Any]) -> str:
     before = flatten(config_to_dict(Config())) | flatten(manifest)
     now = flatten(json.loads(json.dumps(identity)))
     return " and ".join(
-        f"{key}={str(before[key])[:16]}, not {str(value)[:16]}"
+        IN_WORDS.get(key) or f"{key}={str(before[key])[:16]}, not {str(value)[:16]}"
         for key, value in now.items()
         if key in before and before[key] != value
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -28,14 +30,27 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> tuple[ar
         "--max-minutes", type=_minutes, default=math.inf, metavar="MINUTES",
         help="stop after so many minutes with a checkpoint; the same command goes on from there (default: no limit)",
     )  # fmt: skip
+    parser.add_argument(
+        "--allow-changes", action="store_true",
+        help="go on from a checkpoint of other images, or another batch size or seed",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="a few steps, their speed, and nothing written")
     args, config = parse_settings(parser, argv)
     if args.dry_run and config.data.decode == "once":
         config.data.decode = "on-the-fly"  # nothing is written, the decoded images neither
     args.output = args.output or Path("runs") / config.name
-    if args.output.exists() and not args.output.is_dir():
-        parser.error(f"--output {args.output} is a file: give a folder.")
+    if not args.dry_run:
+        check_output(parser, args.output)
     return args, config
+
+
+def check_output(parser: argparse.ArgumentParser, folder: Path) -> None:
+    """Ends the program with one sentence if nothing can be written to a folder, or it cannot be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        parser.error(f"--output {folder} cannot be made, since {there} is no folder: give another one.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        parser.error(f"--output {folder} cannot be written, since {there} may not be: give another folder.")
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -91,11 +106,14 @@ def describe_settings() -> str:
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """What the machine refuses (a full disk, no permission) ends the program with one sentence."""
+    if hasattr(sys.stdout, "reconfigure"):  # paths may hold bytes that are no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except (OSError, SafetensorError) as error:
-        text = f"{first_line(error)}. What was finished before is whole; the same command goes on."
-        raise SystemExit(text) from error
+        raise SystemExit(
+            f"{first_line(error)}. What was finished before is whole, and once it is mended the same command goes on."
+        ) from error
 
 
 def read(load: Callable[..., T], *arguments: Any) -> T:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ..configs.config import Config, StageConfig, config_to_dict, save_config
 from ..data.images import ImageSet, Prefetch
+from .changes import check_changes
 from .checkpoints import Checkpoints
 from .clock import StepClock
 from .hardware import fast_dtype, keep_freed_memory
@@ -323,10 +324,12 @@ class Run:
 
     # ------------------------------------------------------------------------------------- start, save and end
 
-    def resume(self, **facts: Any) -> int:
+    def resume(self, images: int, **facts: Any) -> int:
         """Loads the newest whole checkpoint and opens the logs; the number of steps done, 0 in a fresh folder.
 
-        facts: what else, beside the shape of the models, may not change between a checkpoint and its resumption.
+        Args:
+            images: how many there are to train on: other ones than before need --allow-changes.
+            facts: what else, beside the shape of the models, may not change between a checkpoint and its resumption.
         """
         section = self.folder.name
         self._identity |= facts | {section: {"optimizer": self.stage.optimizer, **facts.get(section, {})}}
@@ -335,8 +338,19 @@ class Run:
         if self.is_main:
             self._lock_folder()
         done = self.checkpoints.load(self._identity, self.print)
+        self._identity["images"] = images
+        path = self.folder / "config.yaml"
+        try:
+            before = self.checkpoints.manifest.get("images", images)
+            changes = check_changes(path, self.config, before, images, self.args.allow_changes) if done else ""
+        except ValueError as error:
+            self.exit(str(error))
+        if changes:
+            self.print(f"Until step {done} it was {changes}.")
         if self.is_main:
-            save_config(self.config, self.folder / "config.yaml")
+            if changes:
+                os.replace(path, path.with_name(f"config-until-{done:08d}.yaml"))
+            save_config(self.config, path)
             self._cut_metrics(done)
         # What TensorBoard has of steps after the checkpoint is hidden: they come again.
         hidden = {"purge_step": done + 1} if done else {}

@@ -119,7 +119,7 @@ def test_processes_and_rounds_train_as_one(scripts, preset, reference, tmp_path,
 
 
 @pytest.mark.parametrize("setting, said", [
-    ("train_tokenizer.adversarial=''", "was trained with train_tokenizer.adversarial=patchgan, not : set that back"),
+    ("train_tokenizer.adversarial=", "was trained with train_tokenizer.adversarial=patchgan, not : set that back"),
     ("train_tokenizer.discriminator_width=16", "was trained with train_tokenizer.discriminator_width=8, not 16"),
     ("train_tokenizer.mixed_precision=fp16", "An adversarial loss trains with train_tokenizer.mixed_precision bf16"),
 ])  # fmt: skip

@@ -132,7 +132,7 @@ def test_sharded_training_is_refused(kind, monkeypatch, tmp_path):
         (["fashion-mnist-32", "train_tokenizer.steps=0"], "train_tokenizer.steps must be above 0, not 0."),
         (["no-such-preset"], "There is no preset 'no-such-preset'"),
         (["fashion-mnist-32", "--max-minutes", "nan"], "invalid number of minutes value: 'nan'"),
-        (["fashion-mnist-32", "--output", __file__], "is a file: give a folder."),
+        (["fashion-mnist-32", "--output", __file__], "is no folder: give another one."),
     ],
 )
 def test_a_wrong_command_line_is_answered_in_a_sentence(arguments, said, capsys):
