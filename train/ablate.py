@@ -27,7 +27,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from .configs.config import Config, load_config
+from .configs.config import Config
+from .configs.reading import load_config
 from .runs.command_line import check_output, clear_errors
 
 # Levels of finite scalars, by the number of codes: those of Mentzer et al. (2023), table 1, and one for 2048.

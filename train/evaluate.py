@@ -34,7 +34,8 @@ from spectralar.analysis.statistics import write_statistics
 from spectralar.interface.labels import LabelNames
 from spectralar.spectral import gaussian_psnr
 
-from .configs.config import Config, load_config
+from .configs.config import Config
+from .configs.reading import load_config
 from .data.codes import fingerprint
 from .data.decoding import on_main
 from .data.images import ImageSet, load_images

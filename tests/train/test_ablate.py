@@ -8,7 +8,7 @@ import pytest
 
 from train import ablate
 from train.ablate import TABLES, Stage, folder_name, main, markdown, run_stage, tables
-from train.configs.config import available_presets, load_config
+from train.configs.reading import available_presets, load_config
 
 SMALL = ["--steps", "12", "--transformer-steps", "8"]
 

@@ -5,7 +5,7 @@ import yaml
 from PIL import Image
 
 from spectralar.spectral import data_cutoffs, gaussian_psnr
-from train.configs.config import load_config
+from train.configs.reading import load_config
 from train.cutoffs import main
 from train.data.images import load_images
 from train.data.variances import dct_variances

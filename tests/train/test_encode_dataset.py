@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests.helpers import tiny_tokenizer
 from train import encode_dataset
-from train.configs.config import load_config
+from train.configs.reading import load_config
 from train.data.codes import read_shards, shard_identity
 from train.data.encoding import wanted_shards
 from train.data.images import load_images, to_float

@@ -19,7 +19,7 @@ from spectralar.analysis.statistics import read_statistics
 from spectralar.spectral import gaussian_psnr, nested_targets
 from tests.helpers import tiny_pipeline
 from train import evaluate as program
-from train.configs.config import load_config
+from train.configs.reading import load_config
 from train.data.images import load_images, to_float
 from train.data.variances import dct_variances
 from train.evaluate import main

@@ -8,7 +8,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from spectralar import SpectralARTransformer, SpectralTokenizer, spectral
 from spectralar.tokenizer import encoder_mask
 from train.benchmark.measure import count_flops
-from train.configs.config import load_config
+from train.configs.reading import load_config
 from train.objectives.adversarial import PatchDiscriminator
 from train.objectives.losses import make_perceptual_loss
 from train.objectives.nested import nested_loss

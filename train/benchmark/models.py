@@ -18,7 +18,7 @@ from spectralar.layers import KVCache
 from spectralar.sampling import guide, sample_tokens
 from spectralar.transformer import PRESETS
 
-from ..configs.config import load_config
+from ..configs.reading import load_config
 
 GUIDANCE = 2.0
 NEXT_SCALE_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # VAR's schedule at 256x256: squared, 680 tokens in 10 steps

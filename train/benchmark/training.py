@@ -10,7 +10,8 @@ import torch
 
 from spectralar import SpectralARTransformer, SpectralTokenizer
 
-from ..configs.config import StageConfig, TokenizerStage, TransformerStage, load_config
+from ..configs.config import StageConfig, TokenizerStage, TransformerStage
+from ..configs.reading import load_config
 from ..objectives.nested import nested_loss, sample_lengths
 from ..objectives.next_token import next_token_loss
 from ..runs.engine import make_ema

@@ -1,4 +1,4 @@
-"""Settings: the dataclasses that define them (`config`), and the presets, a YAML file each.
+"""Settings: the dataclasses that define them (`config`), presets, a YAML file each, and what reads them (`reading`).
 
 Imports nothing of ours.
 """

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..configs.config import Config, config_to_dict, flatten, load_config
+from ..configs.config import Config, config_to_dict, flatten
+from ..configs.reading import load_config
 
 # Settings that leave the result as it is, or as it is but for rounding.
 HARMLESS = {

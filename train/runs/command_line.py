@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from ..configs.config import Config, config_to_dict, load_config
+from ..configs.config import Config, config_to_dict
+from ..configs.reading import load_config
 from .checkpoints import first_line
 
 T = TypeVar("T")

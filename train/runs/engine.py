@@ -26,7 +26,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..configs.config import Config, StageConfig, config_to_dict, save_config
+from ..configs.config import Config, StageConfig, config_to_dict
+from ..configs.reading import save_config
 from ..data.images import ImageSet, Prefetch
 from .changes import check_changes
 from .checkpoints import Checkpoints

@@ -9,7 +9,8 @@ from PIL import Image
 
 from tests.train.data.test_streams import BATCH_SIZE, cfg, greys, reads, wait_until  # noqa: F401
 from tests.train.run_folders import assert_same_run, assert_same_up_to_rounding, logged, metrics, stop_at
-from train.configs.config import DataConfig, MixedSource, load_config
+from train.configs.config import DataConfig, MixedSource
+from train.configs.reading import load_config
 from train.data.images import ImageSet, load_images
 from train.data.mixing import MixedImages, load_mixed
 

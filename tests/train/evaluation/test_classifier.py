@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from train.configs.config import load_config
+from train.configs.reading import load_config
 from train.data.images import load_images, to_float
 from train.evaluation.classifier import Classifier, load_classifier, save_classifier
 from train.train_classifier import main

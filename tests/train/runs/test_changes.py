@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.configs.config import load_config, save_config
+from train.configs.reading import load_config, save_config
 from train.runs.changes import changed_settings, check_changes
 
 
