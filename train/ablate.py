@@ -83,8 +83,9 @@ def tables(config: Config) -> dict[str, dict[str, list[str]]]:
 
 
 def _changes(config: Config, setting: str) -> bool:
-    key, _, value = setting.partition("=")
-    return attrgetter(key)(config) != yaml.safe_load(value)
+    key, _, text = setting.partition("=")
+    value = attrgetter(key)(config)
+    return value != (text if isinstance(value, str) else yaml.safe_load(text))
 
 
 TABLES = tuple(tables(Config()))
