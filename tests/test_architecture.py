@@ -13,6 +13,7 @@ PACKAGES = ("spectralar", "train", "app")
 LIBRARY = [
     {"spectralar.spectral", "spectralar.quantizer", "spectralar.layers", "spectralar.sampling"},
     {"spectralar.inference.compiled", "spectralar.shortcut"},
+    {"spectralar.entries"},
     {"spectralar.tokenizer", "spectralar.transformer"},
     {"spectralar.inference", "spectralar.interface", "spectralar.analysis"},
     {"spectralar.pipeline"},
