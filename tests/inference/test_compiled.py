@@ -33,8 +33,6 @@ def test_fixed_shapes_give_the_same_logits(large, codebook_dim, monkeypatch):
         monkeypatch.setattr(layers, "LARGE_WEIGHT", 0)
         monkeypatch.setattr(layers, "BLOCK_WIDTH", 8)
     model = tiny_transformer(num_tokens=N, codebook_dim=codebook_dim).float()
-    if codebook_dim:
-        model.entry_maps.adopt(torch.randn(32, 8), None)
     codes = torch.randint(model.config.codebook_size, (3, N))
     expected = steps(model, 3, codes)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
