@@ -49,6 +49,21 @@ def _in_blocks(weight: Tensor) -> bool:
     return weight.numel() >= LARGE_WEIGHT and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
+class LayerwiseCasting:
+    """For models: diffusers' weights stored in one type and computed with in another, cast at each use."""
+
+    casts_weights = False  # at each use of a layer, for the time of it: one run at a time may then use the model
+
+    def enable_layerwise_casting(self, storage_dtype: torch.dtype, compute_dtype: torch.dtype | None = None, **kwargs):
+        """As `ModelMixin.enable_layerwise_casting`; what it leaves as it is, is in `compute_dtype` afterwards."""
+        compute_dtype = compute_dtype or self.dtype
+        super().enable_layerwise_casting(storage_dtype, compute_dtype, **kwargs)
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.is_floating_point() and tensor.dtype != storage_dtype:
+                tensor.data = tensor.data.to(compute_dtype)
+        self.casts_weights = True
+
+
 class KVSlot(NamedTuple):
     """What one layer needs of the cache to run one token of each sequence."""
 
@@ -67,6 +82,7 @@ class KVCache:
     """
 
     def __init__(self, num_layers: int, batch: int, num_heads: int, max_len: int, head_dim: int, like: Tensor) -> None:
+        self.dtype = like.dtype
         shape = (num_layers, 2, batch, num_heads, max_len, head_dim)
         self._use(torch.zeros(shape, dtype=like.dtype, device=like.device))
         seen = torch.ones(max_len, max_len, dtype=torch.bool, device=like.device).tril()
@@ -209,13 +225,15 @@ class AdaLNBlock(nn.Module):
         hidden = self.mlp(torch.addcmul(shift2, self.norm2(x), scale2))
         return torch.addcmul(x, gate2, self.dropout(hidden))
 
-    def step_parameters(self, rows: int) -> StepParameters:
-        """The parameters as `adaln_step` takes them, for so many sequences at once."""
+    def step_parameters(self, rows: int, dtype: torch.dtype | None = None) -> StepParameters:
+        """The parameters as `adaln_step` takes them, for so many sequences at once, in the type to compute in."""
         attn, up, down = self.attn, self.mlp.up, self.mlp.down
-        return StepParameters(
+        dtype = dtype or attn.to_qkv.weight.dtype
+        parameters = (
             attn.to_qkv.weight, attn.to_qkv.bias, attn.norm_q.weight, attn.norm_k.weight, attn.to_out.weight,
-            attn.to_out.bias, up.weight, up.bias, block_inputs(down.weight, rows), down.bias,
+            attn.to_out.bias, up.weight, up.bias, block_inputs(down.weight.to(dtype), rows), down.bias,
         )  # fmt: skip
+        return StepParameters(*(p.to(dtype) for p in parameters))
 
 
 class StepParameters(NamedTuple):

@@ -5,40 +5,34 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from numbers import Integral
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub import snapshot_download
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 from torch import Tensor
 
+from .checks import as_codes, integer, one_of
 from .inference.batch import Request
 from .inference.cuda_graphs import token_generator
 from .inference.streaming import FrameStream
-from .interface.arguments import GenerationArguments, as_codes, prepare
+from .interface.arguments import GenerationArguments, check_components, prepare, returned_latents
+from .interface.files import OptionalComponents, download, holds_safetensors, write_loader
 from .interface.image import ImageInput, to_model_input
 from .interface.labels import ClassLabels, LabelNames
 from .interface.outputs import OUTPUT_TYPES, Images, SpectralARPipelineOutput, SpectralARStep, as_output, to_output
-from .interface.run_state import Runs
+from .interface.run_state import RunAttributes, Runs
+from .sampling import check_guidance_scale
 from .tokenizer import SpectralTokenizer
 from .transformer import SpectralARTransformer
 
 # Of all pipelines, as they may share components.
 _OFFLOADING = RLock()
 
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
-# Saved beside the weights, so that `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline",
-# trust_remote_code=True)` finds the class.
-PIPELINE_FILE = "from spectralar.pipeline import SpectralARPipeline  # noqa: F401\n"
-
-
-class SpectralARPipeline(DiffusionPipeline):
+class SpectralARPipeline(RunAttributes, DiffusionPipeline):
     r"""
     Class-conditional image generation by spectral tokens, coarse to fine (SpectralAR, arXiv 2506.10962).
 
@@ -46,41 +40,50 @@ class SpectralARPipeline(DiffusionPipeline):
     calls and streams may run at a time, in threads or taking turns: none knows of the others.
 
     Parameters:
-        tokenizer ([`SpectralTokenizer`]): images to codes, and any prefix of the codes to images.
-        transformer ([`SpectralARTransformer`]): the autoregressive model of the codes.
+        tokenizer ([`SpectralTokenizer`] or `None`): images to codes, and any prefix of the codes to images. Without
+            one the pipeline generates codes (`output_type="latent"`), any of the K at each position.
+        transformer ([`SpectralARTransformer`] or `None`): the autoregressive model of the codes. Without one the
+            pipeline encodes and decodes.
         id2label (`dict[int, str]`, *optional*): class names by id. One name, or several with commas between:
             the first is shown, all are understood.
     """
 
     model_cpu_offload_seq = "transformer->tokenizer"
     _callback_tensor_inputs = ["latents"]
+    _optional_components = OptionalComponents("tokenizer", "transformer")
 
     def __init__(
         self,
-        tokenizer: SpectralTokenizer,
-        transformer: SpectralARTransformer,
+        tokenizer: SpectralTokenizer | None,
+        transformer: SpectralARTransformer | None,
         id2label: dict[int, str] | dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self._runs = Runs()
-        if tokenizer is not None and transformer is not None:  # one alone serves `encode` and `decode`
-            for name in ("codebook_size", "num_tokens"):
-                ours, theirs = tokenizer.config[name], transformer.config[name]
-                if ours != theirs:
-                    raise ValueError(f"{name} is {ours} in the tokenizer and {theirs} in the transformer.")
+        check_components(tokenizer, transformer)
         self.register_modules(tokenizer=tokenizer, transformer=transformer)
-        if transformer is None:
-            id2label, num_classes = None, 0
-        else:
-            num_classes = transformer.config.num_classes
-        self._names = LabelNames(id2label, num_classes)
-        self.register_to_config(id2label=self._names.id2label or None)
+        self._label_names = LabelNames(id2label, self._num_classes())
+        self.register_to_config(id2label=self._label_names.id2label or None)
+
+    def _num_classes(self) -> int | None:
+        return None if self.transformer is None else self.transformer.config.num_classes
 
     # ------------------------------------------------------------------------------------------------ properties
 
     @property
+    def _names(self) -> LabelNames:
+        check_components(self.tokenizer, self.transformer)  # they may have been set since
+        number = self._num_classes()
+        if number not in (None, self._label_names.num_classes):  # another transformer
+            self._label_names = LabelNames(self._label_names.id2label, number)
+        return self._label_names
+
+    @property
     def labels(self) -> dict[str, int]:
-        """All class names and their ids, in alphabetical order, without names that several classes share."""
+        """All class names and their ids, in alphabetical order, without names that several classes share.
+
+        Names may be added and changed in it; they are not saved, as those of `id2label` are.
+        """
         return self._names.unique
 
     @property
@@ -92,47 +95,14 @@ class SpectralARPipeline(DiffusionPipeline):
         """Class ids of labels, as `__call__` takes them; see `LabelNames.ids`."""
         return self._names.ids(class_labels)
 
-    # Of the run whose callback asks, else see `Runs`. Callbacks set those with an underscore.
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale != 1
-
-    @property
-    def num_timesteps(self) -> int:
-        """Tokens that the run samples."""
-        return self._runs.seen().num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
-
-    @property
-    def _guidance_scale(self) -> float:
-        return self._runs.seen().guidance_scale
-
-    @_guidance_scale.setter
-    def _guidance_scale(self, value: float) -> None:
-        self._runs.changed().guidance_scale = value
-
-    @property
-    def _interrupt(self) -> bool:
-        return self._runs.seen().interrupt
-
-    @_interrupt.setter
-    def _interrupt(self, value: bool) -> None:
-        self._runs.changed().interrupt = value
-
     # ------------------------------------------------------------------------------------------------ generation
 
+    @torch.inference_mode(False)  # of what is made inside it nothing could be written to outside
     @torch.no_grad()
     def __call__(
         self,
         class_labels: ClassLabels,
+        *,
         num_images_per_prompt: int = 1,
         guidance_scale: float = 2.0,
         guidance_schedule: str = "constant",
@@ -164,7 +134,9 @@ class SpectralARPipeline(DiffusionPipeline):
             prefix_codes: (R, k) tokens to start from instead of sampling them, k <= n. R is the number of images,
                 or the number of labels, or 1.
             generator: one `torch.Generator`, or one an image. An image depends on its own random numbers only, not
-                on the others in the batch, nor does token t depend on whether a prefix was given.
+                on the others in the batch, nor does token t depend on whether a prefix was given. In half precision
+                the latter holds to the last bit and the former for batches of one size: sums of another size round
+                otherwise, and now and then another token comes of it; in float32 that is rare.
             output_type: "pil", "np" (B, H, H, C) and "pt" (B, C, H, H) in [0, 1], or "latent" for codes.
             return_dict: False returns a tuple (images, codes).
             callback_on_step_end: called as `callback(pipe, step, index, kwargs)` after each sampled token, index
@@ -175,7 +147,7 @@ class SpectralARPipeline(DiffusionPipeline):
         Examples:
 
         ```py
-        >>> pipe = SpectralARPipeline.from_pretrained("assets/models/fashion-mnist")
+        >>> pipe = SpectralARPipeline.from_pretrained("assets/models/fashion-mnist-32")
         >>> out = pipe(["sneaker", 3], num_images_per_prompt=4, generator=torch.manual_seed(0))
         >>> out.images[0]
         ```
@@ -201,9 +173,11 @@ class SpectralARPipeline(DiffusionPipeline):
             return images, codes
         return SpectralARPipelineOutput(images=images, codes=codes)
 
+    @torch.inference_mode(False)
     def stream(
         self,
         class_labels: ClassLabels,
+        *,
         num_images_per_prompt: int = 1,
         guidance_scale: float = 2.0,
         guidance_schedule: str = "constant",
@@ -229,8 +203,7 @@ class SpectralARPipeline(DiffusionPipeline):
         Raises:
             ValueError: at once, not at the first event, if an argument is out of range.
         """
-        if not isinstance(every, Integral) or every < 1:
-            raise ValueError(f"every must be an integer of at least 1, got {every}.")
+        every = integer(every, "every", 1)
         run = prepare(
             self.tokenizer, self.transformer, self._names, self._execution_device, self._callback_tensor_inputs,
             class_labels, num_images_per_prompt, guidance_scale, guidance_schedule, num_tokens, temperature, top_k,
@@ -238,6 +211,7 @@ class SpectralARPipeline(DiffusionPipeline):
         )  # fmt: skip
         return self._stream(run, every)
 
+    @torch.inference_mode(False)
     def request(self, class_labels: ClassLabels, **arguments: Any) -> Request:
         """What `__call__` would sample, for an `inference.engine.Engine`: its arguments but those of the output.
 
@@ -257,10 +231,12 @@ class SpectralARPipeline(DiffusionPipeline):
         scale = run.state.guidance_scale
         return Request(run.class_labels, run.codes, run.uniforms, run.prefix_length, scale, **run.sampling)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _stream(self, run: GenerationArguments, every: int) -> Iterator[SpectralARStep]:
         kind, state = run.output_type, run.state
-        frames = FrameStream(self.tokenizer, run.codes.shape[0], every, on_host=kind != "pt")
+        if kind != "latent":
+            frames = FrameStream(self.tokenizer, run.codes.shape[0], every, on_host=kind != "pt")
 
         def steps(ready: Iterator[tuple[Tensor, Tensor]]) -> Generator[SpectralARStep, None, bool]:
             """The events; returns whether one was answered with an interruption, after which there are no more."""
@@ -277,7 +253,8 @@ class SpectralARPipeline(DiffusionPipeline):
                 for codes, unchanged in tokens:
                     index = codes.shape[1]
                     ends = index in (run.prefix_length, run.codes.shape[1]) or state.interrupt
-                    if unchanged < frames.length:  # a callback has replaced tokens that a frame is made of
+                    # A callback may have replaced tokens that a frame is made of.
+                    if kind != "latent" and unchanged < frames.length:
                         if (yield from steps(frames.finish())):
                             return
                         frames.forget(unchanged)
@@ -291,7 +268,8 @@ class SpectralARPipeline(DiffusionPipeline):
                         ready = list(frames.add(codes))
                     if (yield from steps(ready)):
                         return
-                yield from steps(frames.finish())
+                if kind != "latent":
+                    yield from steps(frames.finish())
         finally:
             self.maybe_free_model_hooks()
 
@@ -304,14 +282,16 @@ class SpectralARPipeline(DiffusionPipeline):
             with self._offloading():
                 generator = token_generator(
                     self.transformer, run.class_labels, run.codes, run.uniforms,
-                    codebook_sizes=self.tokenizer.quantizer.codebook_sizes, **run.sampling,
+                    codebook_sizes=self.tokenizer and self.tokenizer.quantizer.codebook_sizes, **run.sampling,
                 )  # fmt: skip
             with closing(generator), self.progress_bar(total=total - start) as bar:
                 for index in range(start, total):
                     if state.interrupt and index > 0:  # an image takes one token at least
                         break
                     with self._on_device(self.transformer):
-                        generator.sample(index, state.guidance_scale)  # which a callback may change
+                        generator.sample(index, check_guidance_scale(state.guidance_scale))  # a callback may set it
+                    if index + 1 == total or run.codes.is_cpu:  # elsewhere it would wait for the device each time
+                        generator.check()
                     unchanged = self._call_back(run, index)
                     if unchanged < index:
                         generator.restart()
@@ -325,17 +305,15 @@ class SpectralARPipeline(DiffusionPipeline):
         codes = run.codes[:, : index + 1]
         given = {name: codes.clone() for name in run.callback_tensor_inputs}
         with self._runs.calling_back(run.state):
-            returned = run.callback(self, index - run.prefix_length, index, given) or {}
-        latents = returned.get("latents", codes)
-        if latents.shape != codes.shape:
-            raise ValueError(f"the callback must return latents of shape {tuple(codes.shape)}, got {latents.shape}.")
-        latents = self.tokenizer._check_codes(latents).to(codes.device)
+            returned = run.callback(self, index - run.prefix_length, index, given)
+        latents = returned_latents(returned, codes, self.transformer.config.codebook_size)
         changed = (latents != codes).any(dim=0).nonzero()
         codes.copy_(latents)
         return min(index, int(changed[0])) if len(changed) else index
 
     # ------------------------------------------------------------------------------------------------ codes
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def encode(self, images: ImageInput) -> Tensor:
         """Codes (B, N) int64 of images of any size and kind: PIL, numpy, torch, or a list of these.
@@ -346,7 +324,7 @@ class SpectralARPipeline(DiffusionPipeline):
         Raises:
             ValueError: if an image cannot be read, or its shape, type or range is none of these.
         """
-        config = self.tokenizer.config
+        config = self._tokenizer_for("encodes no images").config
         pixels = to_model_input(images, config.image_size, config.in_channels)  # (B, C, H, H)
         try:
             with self._on_device(self.tokenizer):
@@ -354,6 +332,7 @@ class SpectralARPipeline(DiffusionPipeline):
         finally:
             self.maybe_free_model_hooks()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def decode(
         self,
@@ -372,12 +351,18 @@ class SpectralARPipeline(DiffusionPipeline):
         Raises:
             ValueError: if codes, prefix lengths or the output type are out of range.
         """
-        if output_type not in OUTPUT_TYPES[:-1]:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES[:-1])}, got {output_type!r}.")
+        one_of(output_type, "output_type", OUTPUT_TYPES[:-1])
         try:
-            return to_output(self._decode(as_codes(codes, "codes", self._execution_device), num_tokens), output_type)
+            tokenizer, device = self._tokenizer_for("decodes no codes"), self._execution_device
+            codes = as_codes(codes, "codes", tokenizer.config.codebook_size, device)
+            return to_output(self._decode(codes, num_tokens), output_type)
         finally:
             self.maybe_free_model_hooks()
+
+    def _tokenizer_for(self, purpose: str) -> SpectralTokenizer:
+        if self.tokenizer is None:
+            raise ValueError(f"this pipeline has no tokenizer: it generates codes and {purpose}.")
+        return self.tokenizer
 
     def _decode(self, codes: Tensor, num_tokens: int | Tensor | Sequence[int] | None = None) -> Tensor:
         with self._on_device(self.tokenizer):
@@ -386,8 +371,9 @@ class SpectralARPipeline(DiffusionPipeline):
     # ------------------------------------------------------------------------------------------------ offloading
 
     def _offloading(self) -> AbstractContextManager:
-        """Around all that moves components to and fro, or needs them where they are: one run at a time."""
-        return _OFFLOADING if hasattr(self, "_offload_device") else nullcontext()
+        """Around all that moves or casts components to and fro, or needs them as they are: one run at a time."""
+        casts = any(getattr(model, "casts_weights", False) for model in (self.tokenizer, self.transformer))
+        return _OFFLOADING if casts or hasattr(self, "_offload_device") else nullcontext()
 
     @contextmanager
     def _on_device(self, module: torch.nn.Module) -> Iterator[None]:
@@ -413,44 +399,32 @@ class SpectralARPipeline(DiffusionPipeline):
 
     # ------------------------------------------------------------------------------------------------ files
 
-    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs) -> None:
-        """As `DiffusionPipeline.save_pretrained`, to safetensors only, with a `pipeline.py` for the generic loader:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `DiffusionPipeline.save_pretrained`, with a `pipeline.py` for the generic loader:
 
         `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)`
+
+        A `pipeline.py` of your own that is there already stays as it is, and a warning says so.
         """
-        if not safe_serialization:
-            raise ValueError("a pipeline is saved to safetensors only: leave safe_serialization at True.")
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        (Path(save_directory) / "pipeline.py").write_text(PIPELINE_FILE)
-        super().save_pretrained(save_directory, **kwargs)
+        write_loader(Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> SpectralARPipeline:
-        """As `DiffusionPipeline.from_pretrained`, from a folder or a Hub id, safetensors only.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> SpectralARPipeline:
+        """As `DiffusionPipeline.from_pretrained`, from a folder or a Hub id, in float32 unless `dtype` says otherwise.
 
         A Hub id is downloaded first: diffusers itself loads components from outside the library from folders only.
+        Pickles are loaded from folders that hold nothing else, as the library does, of the Hub only with
+        `use_safetensors=False`; `use_safetensors=True` never loads one.
 
         Raises:
             ValueError: if it is neither a folder nor a Hub id.
         """
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError("a pipeline is loaded from safetensors only: leave use_safetensors at True.")
-        kwargs["use_safetensors"] = True  # the library's default falls back to pickles
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)  # or it would be the default of whoever loads
         folder = pretrained_model_name_or_path
         if not os.path.isdir(folder):
-            folder = _download(str(folder), kwargs)
+            folder = download(str(folder), kwargs)
+        if holds_safetensors(folder):
+            kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(folder, **kwargs)
-
-
-def _download(repo_id: str, kwargs: dict[str, Any]) -> str:
-    """The local folder of a Hub repository's files; takes the arguments of the download out of `kwargs`."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is neither a folder nor a Hub id such as 'owner/name'.") from error
-    download = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-    # Weights of other variants have their name between two dots: diffusion_pytorch_model.fp16.safetensors.
-    others = ["*/*.*.safetensors"] if kwargs.get("variant") is None else []
-    return snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=others, **download)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .checks import integer, one_of, real, shown
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
 # Far outside of what gives other pictures, and far inside of what float16 and float32 hold.
@@ -32,8 +34,7 @@ def guidance_at(index: int, num_tokens: int, guidance_scale: float, schedule: st
     Raises:
         ValueError: for an unknown schedule.
     """
-    if schedule not in GUIDANCE_SCHEDULES:
-        raise ValueError(f"guidance_schedule must be one of {', '.join(GUIDANCE_SCHEDULES)}, got {schedule!r}.")
+    one_of(schedule, "guidance_schedule", GUIDANCE_SCHEDULES)
     progress = index / (num_tokens - 1) if num_tokens > 1 else 1.0
     if schedule == "constant":
         progress = 1.0
@@ -72,7 +73,9 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     if top_p < 1:
         p = values.softmax(dim=-1)
         before = p.cumsum(dim=-1) - p  # probability of all more likely tokens; exactly 0 for the first
-        values = values.masked_fill(before >= top_p, -torch.inf)
+        outside = before >= top_p
+        outside[:, 0] = False  # also where top_p is 0 in the logits' type
+        values = values.masked_fill(outside, -torch.inf)
     return torch.full_like(logits, -torch.inf).scatter(-1, indices, values)
 
 
@@ -118,7 +121,7 @@ def inverse_cdf(p: Tensor, uniforms: Tensor, summed_in_order: bool) -> Tensor:
     # Below the largest value also after rounding, or nothing would be above.
     threshold = total * uniforms[:, None].to(cdf).clamp(max=1 - torch.finfo(cdf.dtype).eps)
     if summed_in_order:  # by bisection, in a fifth of the time
-        return torch.searchsorted(cdf, threshold, right=True).squeeze(1)
+        return torch.searchsorted(cdf, threshold, right=True).squeeze(1).clamp_(max=p.shape[-1] - 1)  # also of NaN
     return (cdf > threshold).to(torch.uint8).argmax(dim=-1)
 
 
@@ -138,14 +141,18 @@ def draw_uniforms(
             size; or one generator an image; or None, the global CPU generator. Each draws on its own device.
 
     Raises:
-        ValueError: if a list of generators has another length than the batch.
+        ValueError: if it is none of these, or a list of generators has another length than the batch.
     """
     if generator is None or isinstance(generator, torch.Generator):
         generators = [generator] * batch
     else:
-        generators = list(generator)
+        generators = list(generator) if isinstance(generator, Sequence) else [generator]
+        if wrong := [each for each in generators if not isinstance(each, torch.Generator)]:
+            raise ValueError(f"generator must be a torch.Generator or a list of them, got {shown(wrong[0])}.")
         if len(generators) != batch:
-            raise ValueError(f"got {len(generators)} generators for {batch} images: pass one each, or a single one.")
+            raise ValueError(
+                f"generator must be a single one or one an image: got {len(generators)} generators for {batch} images."
+            )
     # Row by row: on CUDA the layout of one (B, N) draw depends on its size.
     uniforms = torch.empty(batch, num_tokens, dtype=torch.float32, device=device)
     for row, g in zip(uniforms, generators, strict=True):
@@ -163,19 +170,37 @@ def check_sampling_arguments(
     top_p: float = 1.0,
     guidance_scale: float = 1.0,
     guidance_schedule: str = "constant",
-) -> None:
-    """Raises a ValueError of one sentence for the first sampling argument that is out of range."""
+) -> dict[str, Any]:
+    """The sampling arguments by name, as plain Python numbers.
+
+    Raises:
+        ValueError: one sentence about the first that is none, or out of range.
+    """
+    temperature = real(temperature, "temperature")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {temperature}.")
     if temperature and not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
         limits = f"{MIN_TEMPERATURE:g} and {MAX_TEMPERATURE:g}"
         raise ValueError(f"temperature must be 0 (greedy) or between {limits}, got {temperature}.")
-    if not isinstance(top_k, Integral) or not 0 <= top_k <= codebook_size:
-        raise ValueError(f"top_k must be an integer from 0 (off) to the codebook size {codebook_size}, got {top_k}.")
+    top_p = real(top_p, "top_p")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1 (off), got {top_p}.")
+    return {
+        "guidance_scale": check_guidance_scale(guidance_scale),
+        "guidance_schedule": one_of(guidance_schedule, "guidance_schedule", GUIDANCE_SCHEDULES),
+        "temperature": temperature,
+        "top_k": integer(
+            top_k, "top_k", 0, codebook_size, f"from 0 (off) to the codebook size {codebook_size}"
+        ),
+        "top_p": top_p,
+    }
+
+
+def check_guidance_scale(guidance_scale: float) -> float:
+    """The guidance scale as a float; a ValueError of one sentence if it is none, or out of range."""
+    guidance_scale = real(guidance_scale, "guidance_scale")
     if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
         raise ValueError(f"guidance_scale must be a finite number >= 0 (1 is off), got {guidance_scale}.")
     if guidance_scale > MAX_GUIDANCE:
         raise ValueError(f"guidance_scale must be at most {MAX_GUIDANCE:g}, got {guidance_scale}.")
-    guidance_at(0, 1, guidance_scale, guidance_schedule)
+    return guidance_scale

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from .layers import Block, KVCache, init_weights
+from .checks import check_codes, integer, scalar, shown
+from .layers import Block, KVCache, LayerwiseCasting, init_weights
 from .quantizer import FiniteScalarQuantizer, QuantizerOutput, VectorQuantizer, nested_codebook_sizes
 from .shortcut import RunningSpectrum, SpectralShortcut
 from .spectral import check_cutoffs, cutoff_schedule, idct2, low_pass
@@ -53,7 +53,7 @@ def _join(of_masks: Tensor, of_tokens: Tensor, frames: int) -> Tensor:
     return torch.cat([of_masks, of_tokens], dim=3).flatten(0, 1)
 
 
-class SpectralTokenizer(ModelMixin, ConfigMixin):
+class SpectralTokenizer(LayerwiseCasting, ModelMixin, ConfigMixin):
     r"""Nested spectral tokenizer (SpectralAR, arXiv 2506.10962; docs/design.md#tokenizer).
 
     The encoder is a ViT over [P patches | n learned queries], the quantizer a cosine codebook, the decoder a ViT
@@ -197,7 +197,7 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         batch, patch, grid = images.shape[0], self.config.patch_size, self._grid
         x = images.reshape(batch, self.config.in_channels, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(batch, self.num_patches, embed.in_features)  # (B, P, C p p)
-        return embed(x.to(embed.weight.dtype))  # (B, P, D)
+        return embed(x.to(self.token_position.dtype))  # (B, P, D)
 
     def _learned_latents(self, images: Tensor, n: int) -> Tensor:
         """What the encoder's ViT makes of images (B, C, H, H): (B, n, d)."""
@@ -213,16 +213,22 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         """Codes (B, n) int64 of images (B, C, H, H) in [-1, 1], n = `num_tokens` (default N).
 
         Raises:
-            ValueError: if the images have another shape than the model's or are not floats, or n is not in 1..N.
+            ValueError: if the images have another shape than the model's, are not floats or not finite, or n is not in
+            1..N.
         """
         expected = (self.config.in_channels, self.config.image_size, self.config.image_size)
+        if not isinstance(images, Tensor):
+            raise ValueError(f"images must be a tensor, got {shown(images)}.")
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(
                 f"images must have shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}."
             )
         if not images.is_floating_point():
             raise ValueError(f"images must be floating-point, in [-1, 1], got {images.dtype}.")
-        return self.quantizer.encode(self.latents(images, num_tokens))
+        latents = self.latents(images, num_tokens)
+        if not bool(latents.isfinite().all()):  # the nearest entry to NaN would be the first
+            raise ValueError("images must be finite, and the encoder's weights too: there is NaN or infinity in them.")
+        return self.quantizer.encode(latents)
 
     # ------------------------------------------------------------------------------------------------ decode
 
@@ -242,17 +248,18 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
         """
         codes = self._check_codes(codes)
         available = codes.shape[1]
-        if num_tokens is None or isinstance(num_tokens, Integral):
+        num_tokens = scalar(num_tokens)
+        if num_tokens is None or not isinstance(num_tokens, Tensor | Sequence):
             k = self._prefix_length(available if num_tokens is None else num_tokens, available)
             return self._decode_prefixes(self.quantizer.lookup(codes[:, :k]), [k])[:, 0]
         if isinstance(num_tokens, Tensor):
-            if num_tokens.shape != (codes.shape[0],):
-                raise ValueError(f"a tensor of prefix lengths must have shape ({codes.shape[0]},), one an image.")
-            largest = self._check_lengths(num_tokens.tolist(), available)
+            if num_tokens.shape != (codes.shape[0],) or not len(codes):
+                raise ValueError(f"num_tokens as a tensor must have shape ({codes.shape[0]},), one length an image.")
+            largest = max(self._check_lengths(num_tokens.tolist(), available))
             lengths = num_tokens.to(codes.device).unsqueeze(1)  # (B, 1)
             return self.decode_latents(self.quantizer.lookup(codes[:, :largest]), lengths)[:, 0]
-        largest = self._check_lengths(num_tokens, available)
-        return self._decode_prefixes(self.quantizer.lookup(codes[:, :largest]), num_tokens)
+        lengths = self._check_lengths(num_tokens, available)
+        return self._decode_prefixes(self.quantizer.lookup(codes[:, : max(lengths)]), lengths)
 
     def _decode_prefixes(
         self,
@@ -309,7 +316,7 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
 
     def _embed_latents(self, quantized: Tensor, position: int = 0) -> Tensor:
         end = position + quantized.shape[1]
-        return self.from_latent(quantized.to(self.from_latent.weight.dtype)) + self.token_position[position:end]
+        return self.from_latent(quantized.to(self.token_position.dtype)) + self.token_position[position:end]
 
     def _token_kv(self, x: Tensor, cache: KVCache | None = None, position: int = 0) -> LayerKV:
         """Runs spectral tokens x (B, n, D) through the decoder; their keys and values in every layer.
@@ -396,31 +403,15 @@ class SpectralTokenizer(ModelMixin, ConfigMixin):
 
     def _prefix_length(self, k: int | None, available: int | None = None) -> int:
         limit = available or self.config.num_tokens
-        k = limit if k is None else k
-        if not isinstance(k, Integral) or not 1 <= k <= limit:
-            raise ValueError(f"the prefix length must be an integer between 1 and {limit}, got {k}.")
-        return int(k)
+        return limit if k is None else integer(k, "num_tokens", 1, limit)
 
-    def _check_lengths(self, lengths: Sequence[int], available: int) -> int:
-        if not isinstance(lengths, Sequence) or not lengths:
+    def _check_lengths(self, lengths: Sequence[int], available: int) -> list[int]:
+        if not isinstance(lengths, Sequence) or isinstance(lengths, str | bytes) or not lengths:
             raise ValueError("num_tokens must be an integer, a tensor of one length an image, or a list of lengths.")
-        return max(self._prefix_length(k, available) for k in lengths)
+        return [self._prefix_length(k, available) for k in lengths]
 
-    def _check_codes(self, codes: Tensor) -> Tensor:
-        """The codes as int64; a ValueError that says what is wrong with them."""
-        if codes.ndim != 2 or not 1 <= codes.shape[1] <= self.config.num_tokens:
-            raise ValueError(
-                f"codes must have shape (B, n) with n in 1..{self.config.num_tokens}, got {tuple(codes.shape)}."
-            )
-        size = self.config.codebook_size
-        if codes.is_floating_point() or codes.dtype == torch.bool:
-            raise ValueError(f"codes must be integers between 0 and {size - 1}, got a tensor of {codes.dtype}.")
-        codes = codes.long()
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
-            raise ValueError(
-                f"codes must be integers between 0 and {size - 1}, got {int(codes.min())} to {int(codes.max())}."
-            )
-        return codes
+    def _check_codes(self, codes: Tensor, name: str = "codes") -> Tensor:
+        return check_codes(codes, name, self.config.num_tokens, self.config.codebook_size)
 
 
 class PrefixDecoder:
@@ -473,7 +464,7 @@ class PrefixDecoder:
         """
         if not self.length:
             raise ValueError("append at least one code before asking for a frame.")
-        self.tokenizer._check_lengths(lengths, self.length)
+        lengths = self.tokenizer._check_lengths(lengths, self.length)
         return self.tokenizer._decode_prefixes(self._quantized, lengths, self._kv, self._running)
 
     def frame(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .entries import EntryMaps
 from .inference.compiled import CompiledStep
-from .layers import AdaLNBlock, KVCache, adaln_step, init_weights, linear
+from .layers import AdaLNBlock, KVCache, LayerwiseCasting, StepParameters, adaln_step, init_weights, linear
 
 # The paper's model (310M parameters, 64 tokens, ImageNet-1K); the size is VAR-d16's (Tian et al., 2024).
 PRESETS = {
@@ -43,11 +43,25 @@ class SamplingCache(KVCache):
         head_dim = config.hidden_size // config.num_heads
         super().__init__(config.num_layers, batch, config.num_heads, config.num_tokens, head_dim, like=model.position)
         # Of `parameters`, those of a few sequences are laid out for so many.
-        self.parameters = [block.step_parameters(batch) for block in model.blocks]
+        parameters = _StepParametersOf(model, batch, self.dtype)
+        self.parameters: Sequence[StepParameters] = parameters if model.casts_weights else list(parameters)
         self.positions = torch.arange(config.num_tokens, dtype=torch.int64, device=model.device)
 
 
-class SpectralARTransformer(ModelMixin, ConfigMixin):
+class _StepParametersOf(Sequence):
+    """The blocks' parameters, made anew at each use: of weights that are stored in fewer bits one block at a time."""
+
+    def __init__(self, model: SpectralARTransformer, rows: int, dtype: torch.dtype) -> None:
+        self._blocks, self._rows, self._dtype = model.blocks, rows, dtype
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, layer: int) -> StepParameters:
+        return self._blocks[layer].step_parameters(self._rows, self._dtype)
+
+
+class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
     r"""Class-conditional autoregressive transformer over spectral tokens (SpectralAR, arXiv 2506.10962).
 
     A decoder-only transformer with adaLN-zero (DiT; Peebles & Xie, 2023) and normalised queries and keys. The input
@@ -60,8 +74,6 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
         num_tokens: N spectral tokens an image.
         hidden_size, num_layers, num_heads, mlp_ratio: size of the network.
         dropout: on the input embeddings and on both residual branches of every block, in training only.
-        codebook_dim: d of the tokenizer's codebook entries, which inputs and outputs then know besides the numbers
-            of codes, see `entries.EntryMaps`; 0: they do not.
         shared_adaln: one adaLN projection for all blocks, each with a learned offset of its own (PixArt-alpha; Chen
             et al., 2023): a third fewer parameters.
     """
@@ -82,7 +94,6 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         shared_adaln: bool = False,
-        codebook_dim: int = 0,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False  # see `enable_gradient_checkpointing`
@@ -100,9 +111,6 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
         self.final_adaln = nn.Linear(hidden_size, 2 * hidden_size)
         self.final_norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.head = nn.Linear(hidden_size, codebook_size)
-        self.entry_maps = None
-        if codebook_dim:
-            self.entry_maps = EntryMaps(codebook_size, codebook_dim, num_tokens, hidden_size)
         self._init_parameters()
 
     def _init_parameters(self) -> None:
@@ -115,9 +123,6 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
             nn.init.zeros_(parameter)
         # DiT scales by 1 + s. Here the biases hold the 1, so that nothing is left to add for each token.
         with torch.no_grad():
-            if self.entry_maps is not None:
-                self.entry_maps.init_parameters()
-                self.token_embed.weight.mul_(0.2)  # beside what they know
             self.adaln_table[:, 1::3] = 1
             self.final_adaln.bias.view(2, -1)[1] = 1
 
@@ -154,7 +159,7 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
             raise ValueError(f"class_labels must have shape ({codes.shape[0]},), got {tuple(class_labels.shape)}.")
         conditioning = self.condition(class_labels)
         x = self._run(self._embed(codes, 0, conditioning), conditioning)
-        return self._logits(x, conditioning, 0)
+        return self._logits(x, conditioning)
 
     # ------------------------------------------------------------------------------------------------ inference
 
@@ -193,8 +198,9 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
         of_each = isinstance(position, Tensor)
         if not of_each and position == 0 and tokens is not None:
             x = self._run(self._embed(tokens, 0, conditioning), conditioning, cache)  # (B, 1 + T, D)
-            return self._logits(x[:, -1:], conditioning, x.shape[1] - 1)[:, 0]
-        if self._compiled_step is not None and not of_each and tokens is not None and tokens.is_cpu:
+            return self._logits(x[:, -1:], conditioning)[:, 0]
+        compiles = self._compiled_step is not None and not self.casts_weights
+        if compiles and not of_each and tokens is not None and tokens.is_cpu:
             here = cache.positions[position : position + 1]
             compiled = self._compiled_step(
                 self, tokens[:, 0], here, tuple(conditioning), cache.parameters, cache.keys, cache.values
@@ -202,9 +208,7 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
             if compiled is not None:
                 return _at_least_float32(compiled)
         # A single input. All of it in as few calls as it takes, as `adaln_step`.
-        x = conditioning.start if tokens is None else F.embedding(tokens[:, 0], self.token_embed.weight)  # (B, D)
-        if self.entry_maps is not None and tokens is not None:
-            x = x + self.entry_maps.embed_at(tokens[:, 0], self._places(position, cache, len(x), before=1))
+        x = conditioning.start if tokens is None else self.token_embed(tokens[:, 0])  # (B, D)
         if of_each:
             x = torch.where((position == 0).unsqueeze(1), conditioning.start, x)
         x = x + self.position[position]
@@ -213,26 +217,15 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
             x = adaln_step(x, parameters, modulation[6 * layer : 6 * layer + 6], slot)
         shift, scale = conditioning.final.unbind(1)  # each (B, D)
         x = torch.addcmul(shift, torch.layer_norm(x, x.shape[1:], eps=1e-6), scale)
-        logits = linear(x, self.head.weight, self.head.bias)
-        if self.entry_maps is not None:
-            logits = logits + self.entry_maps.logits_at(x, self._places(position, cache, len(x)))
-        return _at_least_float32(logits)
+        return _at_least_float32(linear(x, self.head.weight.to(x.dtype), self.head.bias.to(x.dtype)))
 
     # ------------------------------------------------------------------------------------------------ parts
-
-    @staticmethod
-    def _places(position: int | Tensor, cache: SamplingCache, batch: int, before: int = 0) -> Tensor:
-        """Position of each of `batch` sequences, or of the token `before` it, if there is one: (B,) int64."""
-        if isinstance(position, Tensor):
-            return (position - before).clamp(min=0)
-        return cache.positions[position - before].expand(batch)
 
     def _embed(self, tokens: Tensor | None, position: int, conditioning: Conditioning) -> Tensor:
         """Inputs (B, T, D) from `position` on; at position 0 the start position comes first."""
         parts = [] if position else [conditioning.start.unsqueeze(1)]
         if tokens is not None:
-            embedded = self.token_embed(tokens)
-            parts.append(embedded if self.entry_maps is None else embedded + self.entry_maps.embed(tokens))
+            parts.append(self.token_embed(tokens))
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         return self.embed_dropout(x + self.position[position : position + x.shape[1]])
 
@@ -245,13 +238,10 @@ class SpectralARTransformer(ModelMixin, ConfigMixin):
                 x = block(x, modulation, cache, layer)
         return x
 
-    def _logits(self, x: Tensor, conditioning: Conditioning, first: int) -> Tensor:
-        """(B, T, D), for the tokens from `first` on -> (B, T, K), never below float32."""
+    def _logits(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """(B, T, D) -> (B, T, K), never below float32."""
         shift, scale = conditioning.final.unsqueeze(2).unbind(1)  # each (B, 1, D)
-        hidden = torch.addcmul(shift, self.final_norm(x), scale)
-        logits = self.head(hidden)
-        if self.entry_maps is not None:
-            logits = logits + self.entry_maps.logits(hidden, first)
+        logits = self.head(torch.addcmul(shift, self.final_norm(x), scale))
         return _at_least_float32(logits)
 
 

@@ -11,9 +11,9 @@ PACKAGES = ("spectralar", "train", "app")
 # From the ground up. A file may import its own room and the floors below, not its neighbours on the same floor.
 # A room is a folder or a file; the longest name counts.
 LIBRARY = [
+    {"spectralar.checks"},
     {"spectralar.spectral", "spectralar.quantizer", "spectralar.layers", "spectralar.sampling"},
     {"spectralar.inference.compiled", "spectralar.shortcut"},
-    {"spectralar.entries"},
     {"spectralar.tokenizer", "spectralar.transformer"},
     {"spectralar.inference", "spectralar.interface", "spectralar.analysis"},
     {"spectralar.pipeline"},

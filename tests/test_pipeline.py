@@ -1,6 +1,7 @@
 """What diffusers' own tests ask of a class-conditional pipeline, and our own: prefixes of tokens, codes of images."""
 
 import inspect
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,7 +10,15 @@ from PIL import Image
 
 from spectralar import SpectralARPipeline
 from spectralar.interface.image import to_model_input
-from tests.helpers import record_steps, seed, sharing_weights, tiny_pipeline, tiny_tokenizer, tiny_transformer
+from tests.helpers import (
+    CLASS_NAMES,
+    record_steps,
+    seed,
+    sharing_weights,
+    tiny_pipeline,
+    tiny_tokenizer,
+    tiny_transformer,
+)  # fmt: skip
 
 N = 12  # tokens of the tiny models, 16x16 images, 4 classes
 
@@ -45,6 +54,9 @@ def test_signature_and_defaults():
     assert stream.pop("every").default == 1
     call.pop("return_dict")
     assert list(stream.values()) == list(call.values())
+    # `pipe([7], 4)` is a guidance scale of 4 in DiT: behind the labels all have to be named.
+    kinds = [p.kind for name, p in call.items() if name not in ("self", "class_labels")]
+    assert set(kinds) == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_dict_and_tuple_outputs(pipe):
@@ -88,7 +100,7 @@ def test_a_batch_is_its_images_one_by_one(pipe):
 def test_an_image_is_the_same_whatever_follows_it(pipe):
     one = pipe(2, generator=seed(), output_type="latent").codes
     assert torch.equal(pipe([2, 0, 1], generator=seed(), output_type="latent").codes[:1], one)
-    assert torch.equal(pipe(2, 5, generator=seed(), output_type="latent").codes[:1], one)
+    assert torch.equal(pipe(2, num_images_per_prompt=5, generator=seed(), output_type="latent").codes[:1], one)
 
 
 @pytest.mark.parametrize("labels", [1, 2])
@@ -100,7 +112,7 @@ def test_num_images_per_prompt(pipe, labels, images):
 
 def test_images_of_a_label_are_side_by_side(pipe):
     expected = pipe([1, 1, 3, 3], generator=seed(), output_type="latent").codes
-    assert torch.equal(pipe([1, 3], 2, generator=seed(), output_type="latent").codes, expected)
+    assert torch.equal(pipe([1, 3], num_images_per_prompt=2, generator=seed(), output_type="latent").codes, expected)
 
 
 def test_labels_of_every_kind(pipe):
@@ -192,7 +204,8 @@ def test_prefix_rows_for_one_image_one_label_or_all(pipe):
     rows = torch.arange(8).view(4, 2)
 
     def starts(prefix):
-        return pipe([1, 2], 2, generator=seed(), prefix_codes=prefix, output_type="latent").codes[:, :2].tolist()
+        arguments = {"num_images_per_prompt": 2, "generator": seed(), "output_type": "latent"}
+        return pipe([1, 2], prefix_codes=prefix, **arguments).codes[:, :2].tolist()
 
     assert starts(rows) == rows.tolist()
     assert starts(rows[:2]) == [[0, 1], [0, 1], [2, 3], [2, 3]]
@@ -203,13 +216,38 @@ def test_prefix_rows_for_one_image_one_label_or_all(pipe):
 def test_nested_codebooks_are_respected():
     sizes = [2] * 6 + [32] * 6
     pipe = tiny_pipeline(tokenizer={"codebook_sizes": sizes})
-    codes = pipe([0, 1, 2, 3], 4, generator=seed(), output_type="latent").codes
+    codes = pipe([0, 1, 2, 3], num_images_per_prompt=4, generator=seed(), output_type="latent").codes
     assert (codes < torch.tensor(sizes)).all() and codes.max() > 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"guidance_scale": None}, "guidance_scale must be a number, got None"),
+        ({"guidance_scale": "2"}, "guidance_scale must be a number, got '2'"),
+        ({"guidance_scale": 1e38}, "guidance_scale must be at most 1000"),
+        ({"guidance_scale": 10**400}, "guidance_scale must be a finite number"),
+        ({"guidance_scale": True}, "guidance_scale must be a number, got True"),
+        ({"guidance_scale": torch.tensor([2.0])}, "guidance_scale must be a number, got tensor"),
+        ({"guidance_schedule": np.array([1, 2])}, "guidance_schedule must be one of"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"top_p": "1"}, "top_p must be a number, got '1'"),
+        ({"top_p": 2j}, "top_p must be a number, got 2j"),
+        ({"top_k": True}, "top_k must be an integer from 0 .off. .* got True"),
+        ({"num_tokens": "8"}, "num_tokens must be an integer between 1 and 12, got '8'"),
+        ({"num_tokens": True}, "num_tokens must be an integer between 1 and 12, got True"),
+        ({"num_images_per_prompt": True}, "num_images_per_prompt must be an integer of at least 1, got True"),
+        ({"output_type": ["pil"]}, r"output_type must be one of pil, np, pt, latent, got \['pil'\]"),
+        ({"generator": 0}, "generator must be a torch.Generator or a list of them, got 0"),
+        ({"generator": [seed(), None], "class_labels": [0, 1]}, "generator must be .* got None"),
+        ({"prefix_codes": torch.tensor([[1 + 1j]])}, "codes must be integers .* got a tensor of torch.complex64"),
+        ({"prefix_codes": np.ma.masked_equal([[1, 2]], 1)}, "codes must be integers .* got a masked array"),
+        ({"prefix_codes": [[True]]}, "codes must be integers between 0 and 31, got True"),
+        ({"prefix_codes": [[10**30]]}, "prefix_codes must be a rectangular array of integers"),
+        ({"callback_on_step_end": 5}, "callback_on_step_end must be a function, got 5"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "must be a list of names of .* got 'latents'"),
+        ({"class_labels": np.ma.masked_equal([1, 2], 1)}, "class labels must be class ids or names"),
+        ({"class_labels": b"bag"}, "class labels must be class ids or names, got b'bag'"),
         ({"class_labels": []}, "at least one class label"),
         ({"class_labels": 4}, "class ids must be between 0 and 3, got 4"),
         ({"class_labels": "sneakers"}, "did you mean 'Sneaker'"),
@@ -242,6 +280,86 @@ def test_bad_arguments_are_told_at_once(pipe, steps, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe.stream(**arguments)  # not at the first event
     assert not steps
+
+
+def test_numbers_of_every_kind(pipe):
+    def codes(labels=1, **arguments):
+        return pipe(labels, generator=seed(), output_type="latent", **arguments).codes
+
+    expected = codes(guidance_scale=2.0, temperature=0.5, top_p=0.5, top_k=7, num_tokens=5, num_images_per_prompt=2)
+    for real in (np.float32, np.float16, np.float64, np.array, torch.tensor, Fraction):
+        for integer in (np.int8, np.uint64, np.array, torch.tensor):
+            arguments = {"guidance_scale": real(2.0), "temperature": real(0.5), "top_p": real(0.5)}
+            arguments |= {"top_k": integer(7), "num_tokens": integer(5), "num_images_per_prompt": integer(2)}
+            assert torch.equal(codes(**arguments), expected)
+    assert torch.equal(codes(guidance_scale=np.int64(2)), codes(guidance_scale=torch.tensor(2, dtype=torch.int8)))
+    assert torch.equal(codes(range(3)), codes([0, 1, 2]))
+    assert torch.equal(codes(top_p=1e-300), codes(temperature=0))  # of the most likely tokens one at least
+
+
+def test_prefix_codes_and_codes_of_every_kind(pipe):
+    rows = [[1, 2, 3], [4, 5, 6]]
+    frames = pipe.decode(rows)
+    kinds = [
+        [torch.tensor(row) for row in rows], [np.array(row, np.uint8) for row in rows], (range(1, 4), range(4, 7)),
+        np.array(rows, ">i4"), np.array(rows[::-1])[::-1], np.array(rows, np.uint16), np.array(rows, object),
+        torch.tensor(rows, dtype=torch.int8), [[np.int64(code) for code in row] for row in rows],
+    ]  # fmt: skip
+    for codes in kinds:
+        assert torch.equal(pipe.decode(codes), frames)
+        out = pipe([0, 1], prefix_codes=codes, output_type="latent").codes
+        assert out[:, :3].tolist() == rows
+
+
+def test_logits_that_are_not_finite_are_told():
+    pipe = tiny_pipeline(dtype=torch.float32)
+    pipe.transformer.head.weight.data[3, 0] = torch.nan
+    for arguments in ({}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5}, {"guidance_scale": 1.0}):
+        for call in (pipe, lambda *args, **arguments: list(pipe.stream(*args, **arguments))):
+            with pytest.raises(ValueError, match="the logits are not finite, .* weights hold NaN or infinity"):
+                call(1, output_type="latent", **arguments)
+
+
+def test_images_that_are_not_finite_are_told():
+    pipe = tiny_pipeline(dtype=torch.float32)
+    pipe.tokenizer.to_pixels.weight.data[3, 0] = torch.inf
+    for call in (lambda: pipe(1), lambda: list(pipe.stream(1)), lambda: pipe.decode([[1, 2]], output_type="np")):
+        with pytest.raises(ValueError, match="the images are not finite: the tokenizer's weights hold NaN"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_given_prefix_changes_nothing_in_half_precision(dtype):
+    pipe = tiny_pipeline(dtype=dtype, transformer={"num_layers": 4})
+    for scale in (1.0, 3.0):
+        arguments = {"class_labels": [0, 1, 2, 3] * 12, "guidance_scale": scale, "output_type": "latent"}
+        whole = pipe(generator=seed(), **arguments).codes
+        for k in (1, 6, 11):
+            assert torch.equal(pipe(generator=seed(), prefix_codes=whole[:, :k], **arguments).codes, whole)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_weights_stored_in_8_bits(compute):
+    """As diffusers casts them at each use: the same as if they had been rounded to 8 bits beforehand."""
+    for name in ("tokenizer", "transformer"):
+        cast, rounded = tiny_pipeline(dtype=torch.float32), tiny_pipeline(dtype=torch.float32)
+        getattr(cast, name).enable_layerwise_casting(torch.float8_e4m3fn, compute)
+        model = getattr(rounded, name)
+        stored = getattr(cast, name).state_dict()
+        assert torch.float8_e4m3fn in {weight.dtype for weight in stored.values()}
+        model.load_state_dict({key: weight.float() for key, weight in stored.items()})
+        model.to(compute)
+        x = torch.rand(2, 1, 16, 16)
+        for scale in (1.0, 3.0):
+            arguments = {"guidance_scale": scale, "prefix_codes": [[1, 2]], "output_type": "pt"}
+            outs = [p([0, 3], generator=seed(), **arguments) for p in (cast, rounded)]
+            assert torch.equal(outs[0].codes, outs[1].codes) and torch.equal(outs[0].images, outs[1].images)
+        assert torch.equal(cast.encode(x), rounded.encode(x))
+        *_, last = cast.stream([0, 3], generator=seed(), **arguments)
+        assert torch.equal(last.codes, outs[0].codes)
+        assert {key: weight.dtype for key, weight in getattr(cast, name).state_dict().items()} == {
+            key: weight.dtype for key, weight in stored.items()
+        }
 
 
 # Codes ----------------------------------------------------------------------------------------------------
@@ -400,5 +518,82 @@ def test_models_must_fit_each_other():
         SpectralARPipeline(tiny_tokenizer(), tiny_transformer(codebook_size=16))
     with pytest.raises(ValueError, match="num_tokens is 12 in the tokenizer and 8 in the transformer"):
         SpectralARPipeline(tiny_tokenizer(), tiny_transformer(num_tokens=8))
+    with pytest.raises(ValueError, match="the tokenizer must be a SpectralTokenizer, got SpectralARTransformer"):
+        SpectralARPipeline(tiny_transformer(), tiny_tokenizer())  # in DiT's order
+
+
+@pytest.mark.parametrize(
+    ("id2label", "message"),
+    [
+        ({4: "cat"}, "id2label does not fit the model: class ids must be between 0 and 3, got 4"),
+        (["cat", "dog"], r"id2label must be a dict of class ids and names, got \['cat', 'dog'\]"),
+        ({"cat": 0}, "id2label must be a dict of class ids and names, got {'cat': 0}"),
+        ({0: None}, "id2label must be a dict of class ids and names, got {0: None}"),
+        ({True: "cat"}, "id2label must be a dict of class ids and names, got {True: 'cat'}"),
+    ],
+)
+def test_names_that_are_none_are_told(id2label, message):
+    with pytest.raises(ValueError, match=message):
+        SpectralARPipeline(tiny_tokenizer(), tiny_transformer(), id2label=id2label)
+
+
+def test_models_set_later_must_fit_too():
+    pipe = tiny_pipeline()
+    for transformer, message in (
+        (tiny_transformer(num_classes=3), "id2label does not fit the model: class ids must be between 0 and 2, got 3"),
+        (tiny_transformer(codebook_size=16), "codebook_size is 32 in the tokenizer and 16 in the transformer"),
+        (tiny_transformer(num_tokens=8), "num_tokens is 12 in the tokenizer and 8 in the transformer"),
+        (torch.nn.Linear(2, 2), "the transformer must be a SpectralARTransformer, got Linear"),
+    ):
+        pipe.transformer = transformer
+        for call in (pipe, pipe.stream):
+            with pytest.raises(ValueError, match=message):
+                call(1, output_type="latent")
+    pipe.transformer = tiny_transformer(num_classes=6).double()  # the names are of some of its classes
+    assert pipe(["bag", 5], output_type="latent").codes.shape == (2, N)
+    assert pipe.class_names[4:] == ["4", "5"]
+
+
+def test_names_may_be_added():
+    pipe = tiny_pipeline()
+    pipe.labels["Boat"] = 3
+    pipe.labels["Bag"] = 0
+    assert pipe.get_label_ids(["boat", "Boat", "Bag", "sneaker"]) == [3, 3, 0, 1]
+    pipe.labels["Boat"] = 4
     with pytest.raises(ValueError, match="between 0 and 3, got 4"):
-        SpectralARPipeline(tiny_tokenizer(), tiny_transformer(), id2label={4: "cat"})
+        pipe("boat")
+    del pipe.labels["Boat"]
+    with pytest.raises(ValueError, match="no class is named 'boat'"):
+        pipe("boat")
+
+
+# Half a pipeline ------------------------------------------------------------------------------------------
+
+
+def test_without_a_tokenizer_there_are_codes():
+    whole = tiny_pipeline()
+    pipe = SpectralARPipeline(None, whole.transformer, CLASS_NAMES)
+    pipe.set_progress_bar_config(disable=True)
+    codes = whole("bag", generator=seed(), output_type="latent").codes
+    assert torch.equal(pipe("bag", generator=seed(), output_type="latent").images, codes)
+    arguments = {"prefix_codes": codes[:, :3], "generator": seed(), "every": 4, "output_type": "latent"}
+    assert [event.index for event in pipe.stream("bag", **arguments)] == [3, 4, 8, 12]
+    for call, message in (
+        (lambda: pipe("bag"), "no tokenizer, so output_type can only be 'latent', got 'pil'"),
+        (lambda: pipe.stream("bag", output_type="pt"), "no tokenizer, so output_type"),
+        (lambda: pipe.encode(torch.rand(1, 1, 16, 16)), "no tokenizer: it generates codes and encodes no images"),
+        (lambda: pipe.decode(codes), "no tokenizer: it generates codes and decodes no codes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_without_a_transformer_there_are_no_new_codes():
+    whole = tiny_pipeline()
+    pipe = SpectralARPipeline(whole.tokenizer, None, CLASS_NAMES)
+    x = torch.rand(2, 1, 16, 16)
+    assert torch.equal(pipe.decode(pipe.encode(x), [1, N]), whole.decode(whole.encode(x), [1, N]))
+    assert pipe.labels == whole.labels
+    for call in (pipe, pipe.stream):
+        with pytest.raises(ValueError, match="no transformer: it encodes and decodes, and cannot generate"):
+            call("bag")

@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.utils import filter_repo_objects
 
 import spectralar
-import spectralar.pipeline
+import spectralar.interface.files
 from spectralar import SpectralARPipeline
+from spectralar.demo.model import Model
 from tests.helpers import CLASS_NAMES, tiny_pipeline, tiny_transformer
 
 GENERIC = {"custom_pipeline": "pipeline", "trust_remote_code": True}
@@ -135,18 +136,50 @@ def test_variants(pipe, tmp_path):
         SpectralARPipeline.from_pretrained(tmp_path, variant="bf16")
 
 
-def test_no_pickles(pipe, folder, tmp_path):
-    with pytest.raises(ValueError, match="saved to safetensors only"):
-        pipe.save_pretrained(tmp_path / "pickles", safe_serialization=False)
-    assert not (tmp_path / "pickles").exists()
-    with pytest.raises(ValueError, match="loaded from safetensors only"):
-        SpectralARPipeline.from_pretrained(folder, use_safetensors=False)
-    for name, model in pipe.components.items():
-        (folder / name / "diffusion_pytorch_model.safetensors").unlink()
-        model.save_pretrained(folder / name, safe_serialization=False)
-    assert "tokenizer/diffusion_pytorch_model.bin" in files(folder)
+def test_pickles_where_they_are_asked_for(pipe, tmp_path):
+    """As diffusers' PipelineTesterMixin does: written on request, and loaded where there is nothing else."""
+    pipe.save_pretrained(tmp_path, safe_serialization=False)
+    assert [name for name in files(tmp_path) if "diffusion_pytorch_model" in name] == [
+        "tokenizer/diffusion_pytorch_model.bin", "transformer/diffusion_pytorch_model.bin"
+    ]  # fmt: skip
+    assert_same(SpectralARPipeline.from_pretrained(tmp_path), pipe)
+    assert_same(SpectralARPipeline.from_pretrained(tmp_path, use_safetensors=False), pipe)
     with pytest.raises(OSError, match="safetensors"):
-        SpectralARPipeline.from_pretrained(folder)
+        SpectralARPipeline.from_pretrained(tmp_path, use_safetensors=True)
+    pipe.save_pretrained(tmp_path, variant="fp16", safe_serialization=False)
+    assert_same(SpectralARPipeline.from_pretrained(tmp_path, variant="fp16"), pipe)
+    with pytest.raises(ValueError, match="bf16"):
+        SpectralARPipeline.from_pretrained(tmp_path, variant="bf16")
+
+
+def test_pickles_beside_safetensors_are_not_looked_at(pipe, folder):
+    for name in pipe.components:
+        (folder / name / "diffusion_pytorch_model.bin").write_bytes(b"not a pickle")
+    assert_same(SpectralARPipeline.from_pretrained(folder), pipe)
+
+
+def test_the_page_loads_no_pickles(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(OSError, match="safetensors"):
+        Model.load(tmp_path, "cpu")
+
+
+def test_dtypes_of_components(folder):
+    loaded = SpectralARPipeline.from_pretrained(folder, dtype={"tokenizer": torch.bfloat16, "default": torch.float16})
+    assert loaded.tokenizer.dtype == torch.bfloat16 and loaded.transformer.dtype == torch.float16
+
+
+def test_a_loader_of_the_users_own_stays(pipe, folder, caplog):
+    own = "class Mine: ...\n"
+    (folder / "pipeline.py").write_text(own)
+    pipe.save_pretrained(folder)
+    assert (folder / "pipeline.py").read_text() == own
+    assert "pipeline.py is not ours and stays as it is" in caplog.text
+    caplog.clear()
+    (folder / "pipeline.py").unlink()
+    for _ in range(2):
+        pipe.save_pretrained(folder)
+    assert "SpectralARPipeline" in (folder / "pipeline.py").read_text() and not caplog.text
 
 
 def test_components_can_be_given(pipe, folder):
@@ -155,11 +188,31 @@ def test_components_can_be_given(pipe, folder):
     assert loaded.transformer is other and loaded.labels == {"cat": 0}
 
 
-def test_the_tokenizer_alone_encodes_and_decodes(pipe, folder):
-    loaded = SpectralARPipeline.from_pretrained(folder, transformer=None)
-    x = torch.rand(2, 1, 16, 16)
-    assert torch.equal(loaded.encode(x), pipe.encode(x))
-    assert torch.equal(loaded.decode(pipe.encode(x), [1, 12]), pipe.decode(pipe.encode(x), [1, 12]))
+@pytest.mark.parametrize("missing", ["tokenizer", "transformer"])
+def test_half_a_pipeline_survives_saving(pipe, folder, tmp_path, missing):
+    half = SpectralARPipeline.from_pretrained(folder, **{missing: None})
+    half.save_pretrained(tmp_path)
+    assert not (tmp_path / missing).exists()
+    for loader, arguments in ((SpectralARPipeline, {}), (DiffusionPipeline, GENERIC)):
+        loaded = loader.from_pretrained(tmp_path, **arguments)
+        assert getattr(loaded, missing) is None and loaded.labels == pipe.labels
+        loaded.set_progress_bar_config(disable=True)
+        if missing == "transformer":
+            x = torch.rand(2, 1, 16, 16)
+            assert torch.equal(loaded.encode(x), pipe.encode(x))
+        else:
+            arguments = {"class_labels": "bag", "output_type": "latent"}
+            codes = loaded(generator=torch.manual_seed(0), **arguments).codes
+            assert torch.equal(codes, pipe(generator=torch.manual_seed(0), **arguments).codes)
+    whole = SpectralARPipeline.from_pretrained(tmp_path, **{missing: getattr(pipe, missing)})
+    assert_same(whole, pipe)
+
+
+def test_optional_components_of_the_class_and_of_a_pipeline(pipe, folder):
+    """diffusers' mixin takes away all that a pipeline names, and generates: of a whole one that is nothing."""
+    assert SpectralARPipeline._optional_components == ["tokenizer", "transformer"] and pipe._optional_components == []
+    half = SpectralARPipeline.from_pretrained(folder, transformer=None)
+    assert half._optional_components == ["transformer"]
 
 
 # The Hub --------------------------------------------------------------------------------------------------
@@ -174,7 +227,7 @@ def hub(monkeypatch, folder):
         asked.append((repo_id, arguments))
         return str(folder)
 
-    monkeypatch.setattr(spectralar.pipeline, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(spectralar.interface.files, "snapshot_download", snapshot_download)
     return asked
 
 
@@ -203,6 +256,13 @@ def test_only_what_is_needed_is_downloaded(hub, folder, pipe, variant):
     patterns = {name: arguments[name] for name in ("allow_patterns", "ignore_patterns")}
     taken = set(filter_repo_objects(needed + of_variant + others, **patterns))
     assert taken == set(needed + (of_variant if variant else []))
+
+
+def test_pickles_of_the_hub_are_asked_for_by_name(hub, folder, pipe):
+    pipe.save_pretrained(folder, safe_serialization=False)
+    SpectralARPipeline.from_pretrained("owner/name", use_safetensors=False)
+    SpectralARPipeline.from_pretrained("owner/name")
+    assert [arguments["allow_patterns"] for _, arguments in hub] == [["*.json", "*.bin"], ["*.json", "*.safetensors"]]
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "/no/such/folder", "../x", "a b", ""])

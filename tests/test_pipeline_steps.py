@@ -111,11 +111,33 @@ def test_the_model_goes_on_from_what_a_callback_returns(pipe, token):
         (torch.zeros(1, 9, dtype=torch.int64), r"latents of shape \(1, 1\)"),
         (torch.tensor([[32]]), "between 0 and 31"),
         (torch.tensor([[0.5]]), "between 0 and 31"),
+        (None, "latents of callback_on_step_end must be a rectangular array"),
+        ("codes", "latents of callback_on_step_end must be a rectangular array"),
     ],
 )
 def test_bad_latents_are_told(pipe, latents, message):
     with pytest.raises(ValueError, match=message):
         pipe(1, callback_on_step_end=lambda *_: {"latents": latents})
+
+
+def test_callbacks_that_return_something_else_are_told(pipe):
+    with pytest.raises(ValueError, match="callback_on_step_end must return the dict it is given, or None, got 5"):
+        pipe(1, callback_on_step_end=lambda *_: 5)
+    with pytest.raises(ValueError, match="guidance_scale must be a finite number"):
+        pipe(1, callback_on_step_end=lambda pipe, *_: setattr(pipe, "_guidance_scale", float("nan")))
+    latents = [[3]]
+    for kind in (np.array(latents), latents, torch.tensor(latents, dtype=torch.int8)):
+        out = pipe(1, num_tokens=1, output_type="latent", callback_on_step_end=lambda *_, kind=kind: {"latents": kind})
+        assert out.codes.tolist() == latents
+
+
+def test_a_stream_begun_in_inference_mode_goes_on_outside(pipe):
+    expected = pipe(1, generator=seed(), output_type="pt")
+    with torch.inference_mode():
+        stream = pipe.stream(1, generator=seed(), output_type="pt", prefix_codes=expected.codes[:, :2])
+        next(stream)
+    *_, last = stream
+    assert torch.equal(last.codes, expected.codes) and not last.codes.is_inference()
 
 
 def test_guidance_scale_is_read_in_every_step(pipe, steps):

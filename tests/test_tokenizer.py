@@ -50,6 +50,14 @@ def random_codes(batch: int = 3, length: int = N) -> torch.Tensor:
 # Encoding -------------------------------------------------------------------------------------------------
 
 
+def test_images_that_are_not_finite_are_told():
+    x = torch.rand(2, 1, 16, 16)
+    for value in (torch.nan, torch.inf):
+        x[1, 0, 3, 4] = value
+        with pytest.raises(ValueError, match="images must be finite"):
+            tiny_tokenizer().encode(x)
+
+
 def test_the_encoder_mask_is_the_table():
     mask = encoder_mask(4, 3, torch.device("cpu"))
     for row in range(7):

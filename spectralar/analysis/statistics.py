@@ -113,7 +113,7 @@ def write_statistics(
     tensors = {"code_counts": counts.int(), "next_token_entropy": entropy.contiguous()}
     for name, values in (("psnr", psnr), ("gaussian_psnr", gaussian_psnr)):
         if values is not None:
-            tensors[name] = torch.tensor(values, dtype=torch.float32)
+            tensors[name] = torch.tensor(values, dtype=torch.float32, device="cpu")
             if tensors[name].shape != entropy.shape:
                 raise ValueError(f"{name} must be {tuple(entropy.shape)}, got {tuple(tensors[name].shape)}.")
     save_file(tensors, path)

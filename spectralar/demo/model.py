@@ -49,7 +49,7 @@ def check_device(device: str | None) -> None:
     if device is None:
         return
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device {device} is not there: torch finds {best_device()} on this machine.") from None
 
@@ -95,7 +95,7 @@ class Model:
     @classmethod
     def load(cls, source: str | Path, device: str | None = None) -> Model:
         """Loads a saved pipeline from a folder or a Hub id onto `device` (default: the best there is)."""
-        pipe = SpectralARPipeline.from_pretrained(source).to(device or best_device())
+        pipe = SpectralARPipeline.from_pretrained(source, use_safetensors=True).to(device or best_device())
         pipe.set_progress_bar_config(disable=True)
         is_folder = Path(source).is_dir()
         return cls(Path(source).name if is_folder else str(source), pipe, Path(source).as_posix())

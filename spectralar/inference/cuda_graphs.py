@@ -47,6 +47,8 @@ def why_not(transformer: SpectralARTransformer) -> str | None:
         return "ZeroGPU forks a process for each call, which no graph outlives."
     if hasattr(transformer, "_hf_hook"):
         return "the transformer's weights move between host and device."
+    if transformer.casts_weights:
+        return "the transformer's weights are cast at each use."
     if _failed:
         return f"capture failed before: {_failed[0]}"
     return None
@@ -117,6 +119,7 @@ class Buffers:
     image_of: Tensor  # (R,) int64, of each row of the transformer
     conditioning: Conditioning  # of R rows: B, or 2B with guidance
     cache: SamplingCache
+    finite: Tensor  # () bool
     pool: Any
     graphs: dict[int, Callable[[], None]] = field(default_factory=dict)  # by index
 
@@ -155,7 +158,8 @@ class GraphedTokenGenerator(TokenGenerator):
             n = uniforms.shape[1]
             self._buffers = Buffers(
                 given.new_zeros(rows, n), uniforms.new_zeros(rows, n), torch.empty_like(self._scales),
-                self._image_of, Conditioning(*map(torch.empty_like, self._conditioning)), self._cache, graph_pool(),
+                self._image_of, Conditioning(*map(torch.empty_like, self._conditioning)), self._cache,
+                torch.empty_like(self._finite), graph_pool(),
             )  # fmt: skip
         buffers = self._buffers
         for ours, new in zip(buffers.conditioning, self._conditioning, strict=True):
@@ -165,6 +169,7 @@ class GraphedTokenGenerator(TokenGenerator):
         buffers.scales.copy_(torch.tensor(self._scales_set, dtype=self._scales.dtype, device="cpu"))
         self.codes, self.uniforms, self._scales = buffers.codes, buffers.uniforms, buffers.scales
         self._image_of, self._conditioning = buffers.image_of, buffers.conditioning
+        self._finite = buffers.finite.copy_(self._finite)
 
     def _empty_cache(self, rows: int) -> SamplingCache:
         return super()._empty_cache(rows) if self._buffers is None else self._buffers.cache
@@ -204,5 +209,6 @@ class GraphedTokenGenerator(TokenGenerator):
             # Those of weights that have moved since are of no use any more.
             others = [entry for entry in _unused.get(self.transformer, []) if entry[0][0] == self._key[0]]
             _unused[self.transformer] = [mine, *others][:KEPT]
+        self._finite = self._finite.clone()
         self._buffers, self._key, self._cache = None, (), None
         self.codes, self.uniforms = self._given, self._given_uniforms

@@ -52,6 +52,9 @@ class TokenGenerator:
         # Guidance scale of each token: on the device, as all that a step reads, and as it was set last.
         self._scales = torch.ones(transformer.config.num_tokens, dtype=logits_dtype(transformer), device=codes.device)
         self._scales_set = [1.0] * transformer.config.num_tokens
+        self._finite = torch.ones((), dtype=torch.bool, device=codes.device)  # whether all logits so far were
+        # In half precision a pass over several tokens rounds otherwise than steps do, and other tokens come of it.
+        self._in_one_pass = transformer.dtype.itemsize >= 4
         self._guided = False
         self._image_of: Tensor | None = None  # (R,) int64, the image of each row of the transformer
         self._conditioning: Conditioning | None = None
@@ -69,11 +72,13 @@ class TokenGenerator:
         if w != self._scales_set[index]:
             self._scales[index] = self._scales_set[index] = w
         if self._cache is None or (guided and not self._guided):
-            # The first token, or one after a change from outside: all tokens so far run at once.
+            # The first token, or one after a change from outside: all tokens so far run before it.
             self._begin(guided)
-            if index:
+            if index and self._in_one_pass:
                 self._pick(index, self._run(self.codes[:, :index], 0))
                 return
+            for position in range(index):
+                self._run(self._token_before(position), position)
         self._step(index)
 
     def _begin(self, guided: bool) -> None:
@@ -96,7 +101,10 @@ class TokenGenerator:
         Reads and writes tensors at fixed addresses only and asks the device nothing: it can be captured once and
         replayed. Python numbers in it are `index` and the filters.
         """
-        self._pick(index, self._run(self.codes[:, index - 1 : index] if index else None, index))
+        self._pick(index, self._run(self._token_before(index), index))
+
+    def _token_before(self, index: int) -> Tensor | None:
+        return self.codes[:, index - 1 : index] if index else None
 
     def _run(self, tokens: Tensor | None, position: int) -> Tensor:
         """Logits (R, K) of the token behind `tokens` (B, T), which are at `position` of the sequence."""
@@ -108,10 +116,23 @@ class TokenGenerator:
         """Guidance, filters, and the choice of token `index`."""
         batch = self.codes.shape[0]
         uncond = logits[batch : 2 * batch] if self._guided else None
+        self._finite.logical_and_(logits[: 2 * batch if self._guided else batch].isfinite().all())
         size = None if self.codebook_sizes is None else self.codebook_sizes[index]
         self.codes[:, index] = choose(
             logits[:batch], uncond, self._scales[index], self.uniforms[:, index], size, **self.filters
         )
+
+    def check(self) -> None:
+        """To be called before the codes are used, as sampling itself never waits for the device.
+
+        Raises:
+            ValueError: if logits were not finite: there is nothing to sample from then.
+        """
+        if not bool(self._finite):
+            raise ValueError(
+                "the logits are not finite, so there is no next token: the transformer's weights hold NaN or "
+                f"infinity, or are too large for {self.transformer.dtype}."
+            )
 
     def close(self) -> None:
         """To be called when no more tokens are wanted."""

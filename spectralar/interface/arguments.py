@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
+from ..checks import as_codes, check_codes, integer, one_of, shown
 from ..sampling import check_sampling_arguments, draw_uniforms
 from ..tokenizer import SpectralTokenizer
 from ..transformer import SpectralARTransformer
@@ -35,54 +35,64 @@ class GenerationArguments:
 
 
 def prepare(
-    tokenizer: SpectralTokenizer, transformer: SpectralARTransformer, names: LabelNames, device: torch.device,
-    callback_may_have: Sequence[str],
+    tokenizer: SpectralTokenizer | None, transformer: SpectralARTransformer | None, names: LabelNames,
+    device: torch.device, callback_may_have: Sequence[str],
     class_labels, num_images_per_prompt, guidance_scale, guidance_schedule, num_tokens, temperature, top_k, top_p,
     prefix_codes, generator, output_type, callback, callback_tensor_inputs,
 ) -> GenerationArguments:  # fmt: skip
     """Checks the arguments of `SpectralARPipeline.__call__` and draws the random numbers.
 
     Raises:
-        ValueError: if one is out of range; the message says what would be right.
+        ValueError: if one is out of range, or there is no model for it; the message says what would be right.
     """
-    limit = transformer.config.num_tokens
-    num_tokens = limit if num_tokens is None else num_tokens
-    if not isinstance(num_tokens, Integral) or not 1 <= num_tokens <= limit:
-        raise ValueError(f"num_tokens must be an integer between 1 and {limit}, got {num_tokens}.")
-    if not isinstance(num_images_per_prompt, Integral) or num_images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt must be an integer of at least 1, got {num_images_per_prompt}.")
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
-    codebook_size = transformer.config.codebook_size
-    check_sampling_arguments(codebook_size, temperature, top_k, top_p, guidance_scale, guidance_schedule)
-    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
-        callback_tensor_inputs = callback.tensor_inputs
-    if unknown := set(callback_tensor_inputs) - set(callback_may_have):
-        raise ValueError(f"callback_on_step_end_tensor_inputs may name {callback_may_have}, not {sorted(unknown)}.")
+    if transformer is None:
+        raise ValueError("this pipeline has no transformer: it encodes and decodes, and cannot generate.")
+    output_type = one_of(output_type, "output_type", OUTPUT_TYPES)
+    if tokenizer is None and output_type != "latent":
+        raise ValueError(f"this pipeline has no tokenizer, so output_type can only be 'latent', got {output_type!r}.")
+    limit, codebook_size = transformer.config.num_tokens, transformer.config.codebook_size
+    num_tokens = limit if num_tokens is None else integer(num_tokens, "num_tokens", 1, limit)
+    per_label = integer(num_images_per_prompt, "num_images_per_prompt", 1)
+    sampling = check_sampling_arguments(codebook_size, temperature, top_k, top_p, guidance_scale, guidance_schedule)
+    tensor_inputs = _check_callback(callback, callback_tensor_inputs, callback_may_have)
     ids = names.ids(class_labels)
     if not ids:
         raise ValueError("at least one class label is needed.")
-    labels = torch.tensor(ids, dtype=torch.int64, device=device).repeat_interleave(num_images_per_prompt)  # (B,)
+    labels = torch.tensor(ids, dtype=torch.int64, device=device).repeat_interleave(per_label)  # (B,)
     codes = torch.zeros(len(labels), num_tokens, dtype=torch.int64, device=device)
     prefix_length = 0
     if prefix_codes is not None:
-        prefix = as_codes(prefix_codes, "prefix_codes", device)
-        prefix = _as_prefix(tokenizer, prefix, len(ids), num_images_per_prompt, num_tokens)  # (B, k)
+        prefix = as_codes(prefix_codes, "prefix_codes", codebook_size, device)
+        prefix = _as_prefix(prefix, codebook_size, len(ids), per_label, num_tokens)  # (B, k)
         prefix_length = prefix.shape[1]
         codes[:, :prefix_length] = prefix
     # All N numbers, however many are used: an image is a prefix of the one with more tokens.
     uniforms = draw_uniforms(len(labels), limit, generator, device)
-    sampling = {
-        "guidance_schedule": guidance_schedule, "temperature": temperature, "top_k": top_k, "top_p": top_p
-    }  # fmt: skip
+    state = RunState(sampling.pop("guidance_scale"), num_tokens - prefix_length)
     return GenerationArguments(
-        labels, codes, prefix_length, uniforms, RunState(guidance_scale, num_tokens - prefix_length), sampling,
-        output_type, callback, list(callback_tensor_inputs),
-    )  # fmt: skip
+        labels, codes, prefix_length, uniforms, state, sampling, output_type, callback, tensor_inputs
+    )
+
+
+def _check_callback(callback: Any, tensor_inputs: Any, may_have: Sequence[str]) -> list[str]:
+    """The names of the tensors that a callback gets."""
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end must be a function, got {shown(callback)}.")
+    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+        tensor_inputs = callback.tensor_inputs
+    tensor_inputs = [] if tensor_inputs is None else tensor_inputs
+    if isinstance(tensor_inputs, str) or not isinstance(tensor_inputs, Iterable):
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs must be a list of names of {may_have}, got {shown(tensor_inputs)}."
+        )
+    tensor_inputs = list(tensor_inputs)
+    if unknown := [name for name in tensor_inputs if name not in may_have]:
+        raise ValueError(f"callback_on_step_end_tensor_inputs may name {may_have}, not {shown(unknown)}.")
+    return tensor_inputs
 
 
 def _as_prefix(
-    tokenizer: SpectralTokenizer, prefix: Tensor, num_labels: int, num_images_per_prompt: int, num_tokens: int
+    prefix: Tensor, codebook_size: int, num_labels: int, num_images_per_prompt: int, num_tokens: int
 ) -> Tensor:
     """Prefix codes with a row for each image: (R, k) -> (B, k)."""
     batch = num_labels * num_images_per_prompt
@@ -93,13 +103,37 @@ def _as_prefix(
             f"got {tuple(prefix.shape)}."
         )
     if prefix.shape[1]:
-        prefix = tokenizer._check_codes(prefix)
+        prefix = check_codes(prefix, "prefix_codes", num_tokens, codebook_size)
     return prefix.repeat_interleave(batch // prefix.shape[0], dim=0)
 
 
-def as_codes(codes: Tensor | Sequence[Sequence[int]], name: str, device: torch.device) -> Tensor:
-    """Codes from a tensor, an array or nested lists (JSON), on the device."""
-    try:
-        return torch.as_tensor(codes, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be a rectangular array of integers: {error}.") from error
+def returned_latents(returned: Any, codes: Tensor, codebook_size: int) -> Tensor:
+    """What takes the place of `codes` (B, t) after a callback has returned something.
+
+    Raises:
+        ValueError: if that is neither a dict nor None, or its latents are no codes of this shape.
+    """
+    if returned is None:
+        return codes
+    if not isinstance(returned, Mapping):
+        raise ValueError(f"callback_on_step_end must return the dict it is given, or None, got {shown(returned)}.")
+    if "latents" not in returned:
+        return codes
+    latents = as_codes(returned["latents"], "latents of callback_on_step_end", codebook_size, codes.device)
+    if latents.shape != codes.shape:
+        shapes = f"{tuple(codes.shape)}, got {tuple(latents.shape)}"
+        raise ValueError(f"callback_on_step_end must return latents of shape {shapes}.")
+    return check_codes(latents, "latents of callback_on_step_end", codes.shape[1], codebook_size)
+
+
+def check_components(tokenizer: Any, transformer: Any) -> None:
+    """Raises a ValueError if these are not a tokenizer and a transformer that fit each other; either may be None."""
+    for name, model, part in (("tokenizer", tokenizer, "quantizer"), ("transformer", transformer, "null_label")):
+        if model is not None and not hasattr(model, part):  # also wrapped, as by torch.compile
+            expected = f"Spectral{'Tokenizer' if name == 'tokenizer' else 'ARTransformer'}"
+            raise ValueError(f"the {name} must be a {expected}, got {type(model).__name__}.")
+    if tokenizer is not None and transformer is not None:
+        for name in ("codebook_size", "num_tokens"):
+            ours, theirs = tokenizer.config[name], transformer.config[name]
+            if ours != theirs:
+                raise ValueError(f"{name} is {ours} in the tokenizer and {theirs} in the transformer.")

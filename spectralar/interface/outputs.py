@@ -46,6 +46,8 @@ def as_output(x: Tensor, output_type: str) -> Images | list[list[Image.Image]]:
     if output_type == "pt":
         return x
     array = x.movedim(-3, -1).float().cpu().numpy()  # (..., H, H, C)
+    if not np.isfinite(array).all():  # as 8-bit numbers they would be black
+        raise ValueError("the images are not finite: the tokenizer's weights hold NaN or infinity, or overflow.")
     if output_type == "np":
         return array
     return numpy_to_pil(array) if array.ndim == 4 else [numpy_to_pil(frames) for frames in array]

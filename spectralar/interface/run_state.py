@@ -78,3 +78,45 @@ class Runs:
             state = self._going_on[-1]
             self.enter(state)
         return state
+
+
+class RunAttributes:
+    """For pipelines with `_runs`: what is known of a run under the names that diffusers has for it; see `Runs`.
+
+    Callbacks may set those with an underscore.
+    """
+
+    _runs: Runs
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale != 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Tokens that the run samples."""
+        return self._runs.seen().num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self._runs.seen().guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, value: float) -> None:
+        self._runs.changed().guidance_scale = value
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._runs.seen().interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._runs.changed().interrupt = value

@@ -1,0 +1,68 @@
+"""Files of a pipeline beyond its weights: the one that the generic loader imports, and those of a Hub repository."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+logger = logging.getLogger(__name__)
+
+# Saved beside the weights, so that `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline",
+# trust_remote_code=True)` finds the class.
+LOADER_FILE = "pipeline.py"
+LOADER = "from spectralar.pipeline import SpectralARPipeline  # noqa: F401\n"
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
+
+class OptionalComponents:
+    """`_optional_components` of a pipeline: of the class those that may be missing, of a pipeline those that are.
+
+    diffusers asks the class when it loads and the pipeline when it saves. Its test-suite takes all that a pipeline
+    names away and generates without.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def __get__(self, pipe: Any, owner: type) -> list[str]:
+        return [name for name in self.names if pipe is None or pipe.__dict__.get(name) is None]
+
+
+def holds_safetensors(folder: str | os.PathLike) -> bool:
+    """Whether a saved pipeline has weights as safetensors; then no pickle beside them needs to be looked at."""
+    return any(Path(folder).glob("*/*.safetensors"))
+
+
+def write_loader(folder: Path) -> None:
+    """Writes the file that the generic loader imports; one of the user's own stays, and a line says so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOADER_FILE
+    if path.exists() and path.read_bytes() not in (b"", LOADER.encode()):
+        logger.warning("%s is not ours and stays as it is: the generic loader imports that.", path)
+        return
+    path.write_text(LOADER)
+
+
+def download(repo_id: str, kwargs: dict[str, Any]) -> str:
+    """The local folder of a Hub repository's files; takes the arguments of the download out of `kwargs`.
+
+    Pickles are downloaded only where `use_safetensors=False` asks for them.
+
+    Raises:
+        ValueError: if it is no Hub id.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is neither a folder nor a Hub id such as 'owner/name'.") from error
+    arguments = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+    ending = "bin" if kwargs.get("use_safetensors") is False else "safetensors"
+    # Weights of other variants have their name between two dots: diffusion_pytorch_model.fp16.safetensors.
+    others = [f"*/*.*.{ending}"] if kwargs.get("variant") is None else []
+    return snapshot_download(repo_id, allow_patterns=["*.json", f"*.{ending}"], ignore_patterns=others, **arguments)
