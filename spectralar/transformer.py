@@ -11,6 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .entries import EntryMaps
 from .inference.compiled import CompiledStep
 from .layers import AdaLNBlock, KVCache, LayerwiseCasting, StepParameters, adaln_step, init_weights, linear
 
@@ -74,6 +75,8 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
         num_tokens: N spectral tokens an image.
         hidden_size, num_layers, num_heads, mlp_ratio: size of the network.
         dropout: on the input embeddings and on both residual branches of every block, in training only.
+        codebook_dim: d of the tokenizer's codebook entries, which inputs and outputs then know besides the numbers
+            of codes, see `entries.EntryMaps`; 0: they do not.
         shared_adaln: one adaLN projection for all blocks, each with a learned offset of its own (PixArt-alpha; Chen
             et al., 2023): a third fewer parameters.
     """
@@ -94,6 +97,7 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         shared_adaln: bool = False,
+        codebook_dim: int = 0,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False  # see `enable_gradient_checkpointing`
@@ -111,6 +115,9 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
         self.final_adaln = nn.Linear(hidden_size, 2 * hidden_size)
         self.final_norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.head = nn.Linear(hidden_size, codebook_size)
+        self.entry_maps = None
+        if codebook_dim:
+            self.entry_maps = EntryMaps(codebook_size, codebook_dim, num_tokens, hidden_size)
         self._init_parameters()
 
     def _init_parameters(self) -> None:
@@ -123,6 +130,9 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
             nn.init.zeros_(parameter)
         # DiT scales by 1 + s. Here the biases hold the 1, so that nothing is left to add for each token.
         with torch.no_grad():
+            if self.entry_maps is not None:
+                self.entry_maps.init_parameters()
+                self.token_embed.weight.mul_(0.2)  # beside what they know
             self.adaln_table[:, 1::3] = 1
             self.final_adaln.bias.view(2, -1)[1] = 1
 
@@ -159,7 +169,7 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
             raise ValueError(f"class_labels must have shape ({codes.shape[0]},), got {tuple(class_labels.shape)}.")
         conditioning = self.condition(class_labels)
         x = self._run(self._embed(codes, 0, conditioning), conditioning)
-        return self._logits(x, conditioning)
+        return self._logits(x, conditioning, 0)
 
     # ------------------------------------------------------------------------------------------------ inference
 
@@ -198,7 +208,7 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
         of_each = isinstance(position, Tensor)
         if not of_each and position == 0 and tokens is not None:
             x = self._run(self._embed(tokens, 0, conditioning), conditioning, cache)  # (B, 1 + T, D)
-            return self._logits(x[:, -1:], conditioning)[:, 0]
+            return self._logits(x[:, -1:], conditioning, x.shape[1] - 1)[:, 0]
         compiles = self._compiled_step is not None and not self.casts_weights
         if compiles and not of_each and tokens is not None and tokens.is_cpu:
             here = cache.positions[position : position + 1]
@@ -209,6 +219,8 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
                 return _at_least_float32(compiled)
         # A single input. All of it in as few calls as it takes, as `adaln_step`.
         x = conditioning.start if tokens is None else self.token_embed(tokens[:, 0])  # (B, D)
+        if self.entry_maps is not None and tokens is not None:
+            x = x + self.entry_maps.embed_at(tokens[:, 0], self._places(position, cache, len(x), before=1))
         if of_each:
             x = torch.where((position == 0).unsqueeze(1), conditioning.start, x)
         x = x + self.position[position]
@@ -217,15 +229,26 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
             x = adaln_step(x, parameters, modulation[6 * layer : 6 * layer + 6], slot)
         shift, scale = conditioning.final.unbind(1)  # each (B, D)
         x = torch.addcmul(shift, torch.layer_norm(x, x.shape[1:], eps=1e-6), scale)
-        return _at_least_float32(linear(x, self.head.weight.to(x.dtype), self.head.bias.to(x.dtype)))
+        logits = linear(x, self.head.weight.to(x.dtype), self.head.bias.to(x.dtype))
+        if self.entry_maps is not None:
+            logits = logits + self.entry_maps.logits_at(x, self._places(position, cache, len(x)))
+        return _at_least_float32(logits)
 
     # ------------------------------------------------------------------------------------------------ parts
+
+    @staticmethod
+    def _places(position: int | Tensor, cache: SamplingCache, batch: int, before: int = 0) -> Tensor:
+        """Position of each of `batch` sequences, or of the token `before` it, if there is one: (B,) int64."""
+        if isinstance(position, Tensor):
+            return (position - before).clamp(min=0)
+        return cache.positions[position - before].expand(batch)
 
     def _embed(self, tokens: Tensor | None, position: int, conditioning: Conditioning) -> Tensor:
         """Inputs (B, T, D) from `position` on; at position 0 the start position comes first."""
         parts = [] if position else [conditioning.start.unsqueeze(1)]
         if tokens is not None:
-            parts.append(self.token_embed(tokens))
+            embedded = self.token_embed(tokens)
+            parts.append(embedded if self.entry_maps is None else embedded + self.entry_maps.embed(tokens))
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         return self.embed_dropout(x + self.position[position : position + x.shape[1]])
 
@@ -238,10 +261,13 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
                 x = block(x, modulation, cache, layer)
         return x
 
-    def _logits(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        """(B, T, D) -> (B, T, K), never below float32."""
+    def _logits(self, x: Tensor, conditioning: Conditioning, first: int) -> Tensor:
+        """(B, T, D), for the tokens from `first` on -> (B, T, K), never below float32."""
         shift, scale = conditioning.final.unsqueeze(2).unbind(1)  # each (B, 1, D)
-        logits = self.head(torch.addcmul(shift, self.final_norm(x), scale))
+        hidden = torch.addcmul(shift, self.final_norm(x), scale)
+        logits = self.head(hidden)
+        if self.entry_maps is not None:
+            logits = logits + self.entry_maps.logits(hidden, first)
         return _at_least_float32(logits)
 
 

@@ -40,7 +40,11 @@ def tiny_transformer(seed: int = 0, **config) -> SpectralARTransformer:
         "num_classes": 4, "codebook_size": 32, "num_tokens": 12, "hidden_size": 32, "num_layers": 3,
         "num_heads": 2, "mlp_ratio": 2.0, **config,
     }  # fmt: skip
-    return seeded(lambda: SpectralARTransformer(**config), seed, 0.15)
+    model = seeded(lambda: SpectralARTransformer(**config), seed, 0.15)
+    if model.entry_maps is not None:
+        shape, generator = model.entry_maps.entries.shape, torch.Generator().manual_seed(seed)
+        model.entry_maps.adopt(torch.randn(shape, generator=generator), None)
+    return model
 
 
 def tiny_pipeline(

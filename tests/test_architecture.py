@@ -14,6 +14,7 @@ LIBRARY = [
     {"spectralar.checks"},
     {"spectralar.spectral", "spectralar.quantizer", "spectralar.layers", "spectralar.sampling"},
     {"spectralar.inference.compiled", "spectralar.shortcut"},
+    {"spectralar.entries"},
     {"spectralar.tokenizer", "spectralar.transformer"},
     {"spectralar.inference", "spectralar.interface", "spectralar.analysis"},
     {"spectralar.pipeline"},

@@ -11,6 +11,7 @@ from spectralar.sampling import draw_uniforms, guide, sample_tokens
 from spectralar.transformer import PRESETS, SpectralARTransformer
 
 K, N, CLASSES = 23, 9, 8
+KINDS = [{}, {"shared_adaln": True}, {"codebook_dim": 4}]
 TINY = dict(num_classes=CLASSES, codebook_size=K, num_tokens=N, hidden_size=32, num_layers=2, num_heads=2)
 
 
@@ -21,6 +22,8 @@ def tiny_model(seed=0, **changes):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    if model.entry_maps is not None:
+        model.entry_maps.adopt(torch.randn(K, 4, generator=generator, dtype=torch.float64), None)
     return model
 
 
@@ -50,11 +53,11 @@ def sample(model, labels, guidance_scale=1.0, temperature=1.0, generator=None, p
 # ---------------------------------------------------------------------------------------------------- cache, causality
 
 
-@pytest.mark.parametrize("shared_adaln", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prefix", range(N))
-def test_cached_logits_equal_uncached_ones(prefix, shared_adaln):
+def test_cached_logits_equal_uncached_ones(prefix, kind):
     """At every position, after a prefill of the start position and any number of prefix tokens."""
-    model = tiny_model(shared_adaln=shared_adaln)
+    model = tiny_model(**kind)
     codes, labels = torch.randint(K, (3, N - 1)), torch.tensor([0, 5, model.null_label])
     with torch.no_grad():
         expected = model(codes, labels)  # (B, N, K)
@@ -184,10 +187,12 @@ def test_loss_at_step_0_is_log_k():
     assert loss.item() == pytest.approx(math.log(K), rel=1e-6)
 
 
-@pytest.mark.parametrize("shared_adaln", [False, True])
-def test_gradients_reach_every_parameter(shared_adaln):
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_every_parameter(kind):
     """Head and adaLN start at zero, so it takes the first two steps until all of the network is connected."""
-    model = SpectralARTransformer(**TINY, shared_adaln=shared_adaln)
+    model = SpectralARTransformer(**TINY, **kind)
+    if model.entry_maps is not None:
+        model.entry_maps.adopt(torch.randn(K, 4), None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     codes, labels = torch.randint(K, (64, N)), torch.arange(64) % (CLASSES + 1)
     for _ in range(3):

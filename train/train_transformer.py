@@ -139,6 +139,8 @@ def train(run: Run, config: Config) -> None:
         num_tokens=tokenizer.config.num_tokens,
         **asdict(config.transformer),
     )
+    if transformer.entry_maps is not None:
+        transformer.entry_maps.adopt(tokenizer.quantizer.codebook, tokenizer.shortcut)
     if stage.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     model, optimizer = run.prepare(transformer)

@@ -71,11 +71,16 @@ def step_at(
     """
     _, blocks, final = conditioning
     x = F.embedding(token, model.token_embed.weight) + model.position.index_select(0, position)  # (B, D)
+    if model.entry_maps is not None:
+        x = x + model.entry_maps.embed_at(token, (position - 1).expand(len(token)))
     for layer, p in enumerate(parameters):
         x = block_at(x, p, blocks[:, layer], keys[layer], values[layer], position)
     shift, scale = final.unbind(1)
     x = torch.addcmul(shift, F.layer_norm(x, x.shape[1:], eps=1e-6), scale)
-    return linear(x, model.head.weight, model.head.bias)
+    logits = linear(x, model.head.weight, model.head.bias)
+    if model.entry_maps is not None:
+        logits = logits + model.entry_maps.logits_at(x, position.expand(len(token)))
+    return logits
 
 
 def has_compiler() -> bool:

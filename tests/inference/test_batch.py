@@ -15,9 +15,9 @@ N, K, CLASSES = 12, 32, 4
 CAPACITY = 48
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_transformer(hidden_size=64)
+@pytest.fixture(scope="module", params=[0, 8], ids=["numbers", "entries"])
+def model(request):
+    return tiny_transformer(hidden_size=64, codebook_dim=request.param)
 
 
 def request(batch=1, label=0, number=0, num_tokens=N, prefix=(), **options):

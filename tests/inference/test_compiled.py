@@ -25,13 +25,14 @@ def steps(model, rows, codes):
     return torch.stack([model.step(None, 0, conditioning, fresh), *logits], dim=1)
 
 
+@pytest.mark.parametrize("codebook_dim", [0, 8])
 @pytest.mark.parametrize("large", [False, True])
-def test_fixed_shapes_give_the_same_logits(large, monkeypatch):
+def test_fixed_shapes_give_the_same_logits(large, codebook_dim, monkeypatch):
     """Not compiled: the function that is."""
     if large:  # weights in blocks, too
         monkeypatch.setattr(layers, "LARGE_WEIGHT", 0)
         monkeypatch.setattr(layers, "BLOCK_WIDTH", 8)
-    model = tiny_transformer(num_tokens=N).float()
+    model = tiny_transformer(num_tokens=N, codebook_dim=codebook_dim).float()
     codes = torch.randint(model.config.codebook_size, (3, N))
     expected = steps(model, 3, codes)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)

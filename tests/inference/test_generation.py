@@ -10,9 +10,9 @@ from tests.helpers import tiny_transformer
 B, N = 3, 12
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_transformer().double()
+@pytest.fixture(scope="module", params=[0, 8], ids=["numbers", "entries"])
+def model(request):
+    return tiny_transformer(codebook_dim=request.param).double()
 
 
 @pytest.fixture

@@ -164,7 +164,7 @@ def test_a_table_at_toy_size_stops_goes_on_and_shares_runs(scripts, preset, clas
     argv = [str(preset), *SMALL, "--output", str(tmp_path), "--classifier", str(classifier), "--samples", "20"]
     argv += ["--tables", "nesting", "prefixes"]
     whole = tables(load_config(str(preset)))
-    nesting = {name: whole["nesting"][name] for name in whole["nesting"] if "equal weights" not in name}
+    nesting = {name: whole["nesting"][name] for name in whole["nesting"] if "weighted" not in name}
     fewer = {"nesting": nesting, "prefixes": {"half uniform, half powers of two": []}}
     monkeypatch.setattr(ablate, "tables", lambda config: fewer)
     main(argv)

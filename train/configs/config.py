@@ -37,6 +37,7 @@ MAY_BE_ZERO = {
     "alpha",
     "early_stopping",
     "encoder_layers",
+    "codebook_dim",
 }
 
 
@@ -130,6 +131,7 @@ class TransformerConfig:
     mlp_ratio: float = 4.0  # width of the MLP / hidden_size
     dropout: float = 0.1  # probability
     shared_adaln: bool = False  # one adaLN modulation for all blocks: a third fewer parameters
+    codebook_dim: int = 0  # tokenizer.codebook_dim = inputs and outputs know the entries; 0 = they do not
 
 
 @dataclass
@@ -252,6 +254,11 @@ def check_config(config: Config) -> None:
         raise ValueError(
             "train_tokenizer.rotation_trick turns gradients onto the entries of a codebook, which "
             "tokenizer.fsq_levels has none of: switch one off."
+        )
+    if config.transformer.codebook_dim not in (0, tokenizer.codebook_dim):
+        raise ValueError(
+            f"transformer.codebook_dim must be 0 or tokenizer.codebook_dim ({tokenizer.codebook_dim}), not "
+            f"{config.transformer.codebook_dim}."
         )
     for divisor, number in (
         ("tokenizer.patch_size", "data.image_size"),

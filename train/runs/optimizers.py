@@ -16,7 +16,7 @@ from .hardware import fast_dtype
 from .sharding import part_of, whole
 
 # Parameters that are looked up or added, not multiplied: no weight decay on them.
-NO_DECAY = ("position", "queries", "mask_tokens", "codebook", "embed.weight", "embedding", "table")
+NO_DECAY = ("position", "queries", "mask_tokens", "codebook", "embed.weight", "embedding", "table", "entry_maps")
 IN_BLOCK = re.compile(r"\.\d+\.")  # encoder.0.attn.to_qkv.weight: a part of a stack of layers
 
 
