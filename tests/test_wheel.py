@@ -16,16 +16,15 @@ from tests.helpers import tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
-SOURCES = {".py", ".html", ".css", ".js", ".png", ".jpg", ".webp", ".md"}  # not what Python and Gradio leave behind
 SECONDS = 1200  # a page that hangs; on an idle machine it is there in ten
 
 
-def tracked(folder: Path) -> set[str]:
+def sources(folder: Path) -> set[str]:
     """The package's files, relative to the root."""
     return {
         path.relative_to(folder).as_posix()
         for path in (folder / "spectralar").rglob("*")
-        if path.suffix in SOURCES and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyi"  # Python's and Gradio's own
     }
 
 
@@ -33,7 +32,7 @@ def tracked(folder: Path) -> set[str]:
 def wheel(tmp_path_factory):
     """Built from a copy, as from a clean clone: a build leaves folders beside its sources, and reads old ones."""
     source, out = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("wheel")
-    for name in [*tracked(ROOT), "pyproject.toml", "README.md", "LICENSE"]:
+    for name in [*sources(ROOT), "pyproject.toml", "README.md", "LICENSE"]:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run([sys.executable, "-c", BUILD, str(out)], cwd=source, check=True, capture_output=True)
@@ -58,7 +57,7 @@ def installed(wheel, tmp_path_factory):
 def test_a_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert names == tracked(ROOT)
+    assert names == sources(ROOT)
     assert {Path(name).suffix for name in names} >= {".html", ".css", ".js", ".jpg"}
 
 
