@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,12 +18,13 @@ from .cache import PictureOutput
 from .errors import one_sentence, user_error
 from .export import EXPORTS, enlarged, export_file, png_data_url, sheet
 from .links import Link, Linked
-from .model import MAX_SEED, Frame, Model
+from .model import MAX_SEED, Model, Sampled
 from .runs import MAX_IMAGES, Run, Settings, stream
 from .scrubber import scrubber
 
 TITLE = "Generate"
-SAMPLERS = 2  # visitors that are served at the same time
+# Visitors that are served at the same time: the engine lets them in. On ZeroGPU there is none.
+SAMPLERS = 2 if os.environ.get("SPACES_ZERO_GPU") else 64
 NUM_EXAMPLES = 6
 DEFAULTS = Settings(class_label="")
 QUIET = {"api_visibility": "private", "show_progress": "hidden", "queue": False}  # for handlers that take no time
@@ -262,10 +264,9 @@ class _Tab:
 
 
 def _add_endpoints(model: Model) -> None:
-    def sampled(settings: Settings) -> Frame:
+    def sampled(settings: Settings) -> Sampled:
         class_id = model.label(settings.class_label)
-        frames = model.frames(class_id, settings.count, settings.seed, **settings.arguments())
-        return [frame for frame in frames if frame][-1]
+        return model.last(class_id, settings.count, settings.seed, **settings.arguments())
 
     def generate(
         class_label: str,
@@ -301,10 +302,10 @@ def _add_endpoints(model: Model) -> None:
                 model, class_label, count, seed, guidance_scale, guidance_schedule, temperature, top_k, top_p,
                 num_tokens, prefix_codes,
             )  # fmt: skip
-            frame = sampled(settings)
+            codes, images = sampled(settings)
         return {
-            "images": [png_data_url(image) for image in frame.images],
-            "codes": frame.codes,
+            "images": [png_data_url(image) for image in images],
+            "codes": codes,
             "settings": asdict(settings),
             "model": model.name,
         }
@@ -327,9 +328,8 @@ def _add_endpoints(model: Model) -> None:
         with one_sentence():
             defaults = (DEFAULTS.guidance_schedule, DEFAULTS.temperature, DEFAULTS.top_k, DEFAULTS.top_p)
             settings = Settings.checked(model, class_label, count, seed, guidance_scale, *defaults, num_tokens, [])
-            frame = sampled(settings)
-        numbers = {"codes": frame.codes, "settings": asdict(settings), "model": model.name}
-        return enlarged(sheet(frame.images)), numbers
+            codes, images = sampled(settings)
+        return enlarged(sheet(images)), {"codes": codes, "settings": asdict(settings), "model": model.name}
 
     options = {"concurrency_id": "sample", "concurrency_limit": SAMPLERS}
     gr.api(generate, api_name="generate", **options)

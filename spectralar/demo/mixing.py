@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ import torch
 
 from ..analysis import plots
 from ..analysis.chart import Chart
+from ..inference.engine import EngineBusyError
 from ..spectral import low_pass
-from .model import Model, to_pixels
+from .model import Model, Sampled, to_pixels
 from .scrubber import StripEncoder, scrubber_value
 from .source import Picture
 
 VARIATIONS = 6
+AHEAD = 4  # exchange points that are sampled at once
 
 
 # -------------------------------------------------------------------------------------------------- heads and tails
@@ -48,25 +51,27 @@ def exchange_value(model: Model, a: Picture, b: Picture, images: np.ndarray) -> 
 
 def continuations(
     model: Model, class_id: int, codes: list[int], seed: int, guidance_scale: float
-) -> Iterator[list[list[int]] | None]:
-    """`VARIATIONS` continuations of the first k codes for k = 1..N; between them None after every token sampled.
+) -> Iterator[Sampled | None]:
+    """`VARIATIONS` continuations of the first k codes for k = 1..N, with their pixels; None while there is no news.
 
     The random numbers are the same for all k: where neighbouring k differ, it is the prefix that made them.
     """
     n = model.num_tokens
-    for k in range(1, n + 1):
-        rows = [codes] * VARIATIONS
-        if k < n:
-            steps = model.pipe.stream(
-                class_id, num_images_per_prompt=VARIATIONS, guidance_scale=guidance_scale, prefix_codes=[codes[:k]],
-                generator=torch.Generator().manual_seed(seed), output_type="latent",
-            )  # fmt: skip
-            with closing(steps):  # a visitor who stops or leaves stops the computation with it
-                for step in steps:
-                    rows = step.codes
-                    yield None
-            rows = rows.tolist()
-        yield rows
+    ahead = AHEAD if model.engine else 1
+    with ExitStack() as stack:  # a visitor who stops or leaves stops all that is on its way
+        under_way: deque[Iterable[Sampled | None]] = deque()
+        for k in range(1, n):
+            for prefix in range(k + len(under_way), min(n, k + ahead)):
+                arguments = {"guidance_scale": guidance_scale, "prefix_codes": [codes[:prefix]]}
+                try:
+                    sampled = model.sampled(class_id, VARIATIONS, seed, **arguments)
+                except EngineBusyError:
+                    if under_way:
+                        break  # goes on with fewer at once
+                    raise
+                under_way.append(stack.enter_context(closing(sampled)))
+            yield from under_way.popleft()
+    yield [codes] * VARIATIONS, np.repeat(model.decode([codes], [n])[:, 0], VARIATIONS, axis=0)
 
 
 class Continuation:
@@ -83,8 +88,7 @@ class Continuation:
         )  # fmt: skip
         self.value |= {"busy": True, "status": "Waiting for its turn", "rest": model.num_tokens // 2}
 
-    def add(self, rows: list[list[int]], seconds: float) -> None:
-        images = self.model.decode(rows, [self.model.num_tokens])[:, 0]
+    def add(self, rows: list[list[int]], images: np.ndarray, seconds: float) -> None:
         self.images.append(images)
         self.codes.append(rows[0])
         self.value["frames"].append(self.encoder.encode(images))

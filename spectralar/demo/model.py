@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from gradio.context import LocalContext
 from torch import Tensor
 
+from ..inference.engine import Engine, Sampling, Wanted
 from ..inference.streaming import FrameStream
 from ..interface.labels import LabelNames
 from ..pipeline import SpectralARPipeline
@@ -28,6 +31,9 @@ class Frame(NamedTuple):
     codes: list[list[int]]  # B lists of k codes
     sampled: int  # tokens sampled so far, without those of a given prefix
     seconds: float  # since sampling began
+
+
+Sampled = tuple[list[list[int]], np.ndarray]  # B lists of codes, and their pixels (B, H, H[, 3]) uint8
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
@@ -87,7 +93,10 @@ class Model:
         self.class_names: list[str] = self.pipe.class_names
         # All names of each class, for a search to look through.
         self.all_names: list[str] = LabelNames(self.pipe.config.id2label, len(self.class_names)).whole
+        # One for all visitors. Not on ZeroGPU, where every call has a process of its own.
+        self.engine = None if os.environ.get("SPACES_ZERO_GPU") else Engine(self.pipe.transformer, self.pipe.tokenizer)
         self.frames = on_gpu(self._frames)
+        self.last = on_gpu(self._last)
         self.encode = on_gpu(self._encode)
         self.decode = on_gpu(self._decode)
         self.decode_prefixes = on_gpu(self._decode_prefixes)
@@ -113,37 +122,65 @@ class Model:
                 return self.pipe.get_label_ids(int(label[:20]))[0]
             raise
 
-    def _frames(self, class_id: int, count: int, seed: int, **arguments: Any) -> Iterator[Frame | None]:
-        """Samples `count` images of a class and yields the frames of k = 1, 2, .. tokens, and None after every token.
+    def _frames(
+        self, class_id: int, count: int, seed: int, on_start: Callable[[Callable[[], None]], None] | None = None,
+        **arguments: Any,
+    ) -> Iterator[Frame | None]:  # fmt: skip
+        """Samples `count` images of a class and yields the frames of k = 1, 2, .. tokens.
 
-        The arguments are those of `SpectralARPipeline.stream`, and so are the frames, to the bit. Those inside a given
-        prefix come first. Small frames come a few at a time, behind their tokens; a run can be stopped at any yield.
+        The arguments are those of `SpectralARPipeline.stream`, and so are the frames; those inside a given prefix come
+        first. Frames come a few at a time, with None between them while there is no news: at any of these yields a run
+        can be stopped; `on_start` gets a function that stops the sampling at once, from any thread.
         """
-        pipe, tokenizer = self.pipe, self.pipe.tokenizer
         prefix = arguments.get("prefix_codes")
         if prefix:
-            for k, image in enumerate(pipe.decode(prefix, list(range(1, len(prefix[0]) + 1)))[0][:-1], start=1):
+            for k, image in enumerate(self.pipe.decode(prefix, list(range(1, len(prefix[0]) + 1)))[0][:-1], start=1):
                 yield Frame(k, np.repeat(to_pixels(image[None]), count, axis=0), [prefix[0][:k]] * count, 0, 0)
-        given = len(prefix[0]) if prefix else 0
-        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same everywhere
-        steps = pipe.stream(
-            class_id, num_images_per_prompt=count, generator=generator, output_type="latent", **arguments
-        )
-        decoded = FrameStream(tokenizer, count, every=1, on_host=False)
-        begin = time.perf_counter()
+        given, begin = len(prefix[0]) if prefix else 0, time.perf_counter()
+        with closing(self.sampled(class_id, count, seed, "all", **arguments)) as sampled:  # also if a visitor leaves
+            if on_start:
+                on_start(sampled.close)
+            for news in sampled:
+                if news is None:
+                    yield None
+                    continue
+                codes, pixels = news
+                k = len(codes[0])
+                yield Frame(k, pixels, codes, k - given, time.perf_counter() - begin)
 
-        def frames(ready: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Frame]:
-            with torch.no_grad():
-                ready = [(codes, to_pixels(images)) for codes, images in ready]
-            for codes, images in ready:
-                k = codes.shape[1]
-                yield Frame(k, images, codes.tolist(), k - given, time.perf_counter() - begin)
+    def _last(self, class_id: int, count: int, seed: int, **arguments: Any) -> Sampled:
+        """Codes and pixels of the whole images only."""
+        with closing(self.sampled(class_id, count, seed, **arguments)) as sampled:
+            (last,) = (news for news in sampled if news)
+        return last
 
-        with closing(steps):  # a visitor who stops or leaves stops the computation with it
+    def sampled(
+        self, class_id: int, count: int, seed: int, wanted: Wanted = "last", **arguments: Any
+    ) -> Iterable[Sampled | None]:
+        """Codes and pixels of all prefixes that are sampled or of the last one, with None while there is no news.
+
+        To be closed. With an engine the request is on its way at once, before the first value is asked for.
+
+        Raises:
+            ValueError: if an argument is out of range, or too many others are being served.
+        """
+        arguments |= {"num_images_per_prompt": count, "generator": torch.Generator().manual_seed(seed)}
+        if self.engine is None:
+            return self._sampled_alone(class_id, wanted, arguments)
+        return _AsPixels(self.engine.sample(self.pipe.request(class_id, **arguments), visitor(), wanted))
+
+    def _sampled_alone(self, class_id: int, wanted: Wanted, arguments: dict[str, Any]) -> Iterator[Sampled | None]:
+        """The same without an engine."""
+        decoded = FrameStream(self.pipe.tokenizer, arguments["num_images_per_prompt"], every=1, on_host=False)
+        with closing(self.pipe.stream(class_id, output_type="latent", **arguments)) as steps:
             for step in steps:
-                yield from frames(decoded.add(step.codes))
+                codes = step.codes
+                if wanted == "all":
+                    yield from [(c.tolist(), to_pixels(images)) for c, images in decoded.add(codes)]
                 yield None
-        yield from frames(decoded.finish())
+        if wanted == "last":
+            yield codes.tolist(), to_pixels(self.pipe.decode(codes))
+        yield from [(c.tolist(), to_pixels(images)) for c, images in decoded.finish()]
 
     def _encode(self, images: Tensor) -> list[list[int]]:
         """Codes of images (B, C, H, H) in [-1, 1]."""
@@ -159,3 +196,23 @@ class Model:
         with torch.no_grad():
             rows = torch.tensor([codes], dtype=torch.int64, device=self.pipe.device)
             return self.pipe.tokenizer.decode(rows, list(range(1, len(codes) + 1)))[0].float().cpu()
+
+
+def visitor() -> str | None:
+    """Who is being served, where there is somebody: a tab of a browser, or a client."""
+    request = LocalContext.request.get(None)
+    return getattr(request, "session_hash", None)
+
+
+@dataclass
+class _AsPixels:
+    """What the engine samples; unlike a generator it can be closed by another thread than the one that waits."""
+
+    sampling: Sampling
+
+    def __iter__(self) -> Iterator[Sampled | None]:
+        for frame in self.sampling:
+            yield frame and (frame.codes.tolist(), to_pixels(frame.images))
+
+    def close(self) -> None:
+        self.sampling.close()

@@ -118,6 +118,7 @@ def launch_options(mcp: bool = False) -> dict[str, Any]:
         "run_history": False,
         "enable_monitoring": False,
         "max_file_size": "40mb",
+        "max_threads": generate.SAMPLERS + 40,  # one for each who is served
         "state_session_capacity": 500,
         "ssr_mode": False,
         "mcp_server": mcp,

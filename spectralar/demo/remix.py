@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
-import torch
 from PIL import Image
 
 from ..interface.image import to_model_input
@@ -20,8 +19,8 @@ from .figures import figure, listen_to_saves, shown
 from .generate import QUIET, SAMPLERS, new_seed
 from .links import Link, Linked, from_query
 from .mixing import VARIATIONS, Continuation, continuations, exchange, exchange_value, strip_chart
-from .model import MAX_SEED, Model, on_gpu
-from .runs import MAX_IMAGES, SECONDS_A_MESSAGE, Settings
+from .model import MAX_SEED, Model, Sampled, on_gpu
+from .runs import MAX_IMAGES, SECONDS_A_MESSAGE, SECONDS_WITHOUT_NEWS, Settings
 from .scrubber import scrubber
 from .source import Origins, Picture, Source, source
 from .upload import PhotoInput
@@ -184,18 +183,21 @@ class _Tab:
         yield self.show(run)
         begin = sent = time.perf_counter()
         with closing(self.continuations(class_id, a.codes, seed, guidance_scale)) as steps:
-            for rows in steps:
+            for news in steps:
+                if not run.value["busy"]:  # stopped
+                    return
                 now = time.perf_counter()
-                if rows is not None:
-                    run.add(rows, now - begin)
-                if now - sent >= SECONDS_A_MESSAGE:  # also without news: only here can a run be stopped
+                if news is not None:
+                    run.add(*news, now - begin)
+                if now - sent >= (SECONDS_WITHOUT_NEWS if news is None else SECONDS_A_MESSAGE):
                     yield {self.view: run.snapshot()}
                     sent = time.perf_counter()
         run.finish()
         yield self.show(run)
 
-    def _continuations(self, *arguments: Any) -> Iterator[list[list[int]] | None]:
-        yield from continuations(self.model, *arguments)
+    def _continuations(self, *arguments: Any) -> Iterator[Sampled | None]:
+        with one_sentence():
+            yield from continuations(self.model, *arguments)
 
     def show(self, run: Continuation) -> dict:
         """Everything as it should be at the beginning or at the end of a run."""
@@ -228,15 +230,6 @@ def _add_endpoints(model: Model) -> None:
             raise user_error(f"Send {name}.")
         x = to_model_input(image, model.image_size, model.channels)
         return Picture(x[0], model.encode(x)[0])
-
-    @on_gpu
-    def variations(
-        class_id: int, count: int, guidance_scale: float, prefix: list[int], generator: torch.Generator
-    ) -> list[list[int]]:
-        return model.pipe(
-            class_id, num_images_per_prompt=count, guidance_scale=guidance_scale, prefix_codes=[prefix],
-            generator=generator, output_type="latent",
-        ).codes.tolist()  # fmt: skip
 
     def mix(
         image_a: Image.Image | None, image_b: Image.Image | None, num_tokens: float
@@ -280,11 +273,11 @@ def _add_endpoints(model: Model) -> None:
         with one_sentence():
             k = whole_number(num_tokens, "the number of tokens", 1, n - 1)
             count = whole_number(count, "the number of variations", 1, MAX_IMAGES)
-            generator = torch.Generator().manual_seed(whole_number(seed, "the seed", 0, MAX_SEED))
+            seed = whole_number(seed, "the seed", 0, MAX_SEED)
             guidance_scale = number(guidance_scale, "guidance")
             class_id, prefix = model.label(class_label or ""), picture(image, "an image").codes[:k]
-            codes = variations(class_id, count, guidance_scale, prefix, generator)
-        return sheet(model.decode(codes, [n])[:, 0]), {"codes": codes}
+            codes, images = model.last(class_id, count, seed, guidance_scale=guidance_scale, prefix_codes=[prefix])
+        return sheet(images), {"codes": codes}
 
     with gr.Group(visible=False):
         a, b = PhotoInput(label="image_a"), PhotoInput(label="image_b")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +18,8 @@ from .scrubber import StripEncoder, scrubber_value
 MAX_IMAGES = 16
 # Between two messages to the browser: at least this long, and long enough for the browser to take in what it has.
 SECONDS_A_MESSAGE = 0.05
+SECONDS_A_VISITOR = 0.025
+SECONDS_WITHOUT_NEWS = 1.0  # then there is a message all the same: with it a visitor who has left is noticed
 BYTES_A_SECOND = 20e6
 
 
@@ -99,25 +99,13 @@ class Run:
         )  # fmt: skip
         self.value |= {"busy": True, "status": "Waiting for its turn"}
         self.sent_bytes = 0
-        self._strips: deque[tuple[Future[str], Frame]] = deque()  # being encoded, in order
+        self._stop: Callable[[], None] | None = None
 
-    def add(self, frame: Frame, pool: Executor) -> None:
-        """Takes a frame; its strip is encoded beside the model, which does not wait for it."""
+    def add(self, frame: Frame) -> None:
+        """Takes a frame; its strip is encoded here, beside the model, which samples on in a thread of its own."""
         self.frames.append(frame.images)
         self.codes = frame.codes
-        self._strips.append((pool.submit(self.encoder.encode, frame.images), frame))
-
-    def keeps_up(self) -> bool:
-        """Whether no strip but the newest is being encoded."""
-        return len(self._strips) <= 1
-
-    def collect(self, wait: bool = False) -> bool:
-        """Puts strips that are encoded into the value, with `wait` at least one; returns whether there were any."""
-        before = len(self.value["frames"])
-        while self._strips and (self._strips[0][0].done() or (wait and len(self.value["frames"]) == before)):
-            encoding, frame = self._strips.popleft()
-            self._show(encoding.result(), frame)
-        return len(self.value["frames"]) > before
+        self._show(self.encoder.encode(frame.images), frame)
 
     def _show(self, strip: str, frame: Frame) -> None:
         self.sent_bytes += len(strip)
@@ -133,14 +121,21 @@ class Run:
             )
 
     def interval(self) -> float:
-        """Seconds that should lie between two messages."""
-        return max(SECONDS_A_MESSAGE, self.sent_bytes / BYTES_A_SECOND)
+        """Seconds that should lie between two messages: each costs the server as much as some tokens."""
+        visitors = self.model.engine.num_requests if self.model.engine else 1
+        return max(SECONDS_A_MESSAGE, SECONDS_A_VISITOR * visitors, self.sent_bytes / BYTES_A_SECOND)
+
+    def begins(self, stop: Callable[[], None]) -> None:
+        """Takes the function that stops the sampling."""
+        self._stop = stop
+        if not self.value["busy"]:  # stopped before
+            stop()
 
     def finish(self, stopped: bool = False) -> None:
-        while self.collect(wait=True):
-            pass
         self.value["busy"] = False
         if stopped:
+            if self._stop is not None:
+                self._stop()
             self.value["status"] = f"Stopped after {len(self.frames)} of {self.settings.num_tokens} tokens"
 
     def snapshot(self) -> dict[str, Any]:
@@ -153,23 +148,19 @@ def stream(model: Model, settings: Settings) -> Iterator[Run]:
     run = Run(model, settings)
     with one_sentence():
         class_id = model.label(settings.class_label)
-        frames = model.frames(class_id, settings.count, settings.seed, **settings.arguments())
+        hook = {"on_start": run.begins} if model.engine else {}
+        frames = model.frames(class_id, settings.count, settings.seed, **settings.arguments(), **hook)
         yield run
-        sent = 0.0
-        # One thread: strips are encoded in order, each within what the ones before it have left.
-        with ThreadPoolExecutor(1) as pool, closing(frames):
+        sent, news = time.perf_counter(), False
+        with closing(frames):
             for frame in frames:
-                run.collect()
                 if frame:
-                    run.add(frame, pool)
-                if time.perf_counter() - sent >= run.interval():
-                    # The newest strip is waited for where encoding keeps up with sampling; else sampling goes ahead.
-                    run.collect(wait=run.keeps_up())
-                    yield run  # also without news: only here can a run be stopped
-                    sent = time.perf_counter()
-            while run.collect(wait=True):  # where encoding takes longer than sampling
-                if time.perf_counter() - sent >= run.interval():
+                    run.add(frame)
+                    news = True
+                due = run.interval() if news else SECONDS_WITHOUT_NEWS
+                if (frame and len(run.frames) == 1) or time.perf_counter() - sent >= due:
                     yield run
-                    sent = time.perf_counter()
-        run.finish()
-        yield run
+                    sent, news = time.perf_counter(), False
+        if run.value["busy"]:  # not stopped
+            run.finish()
+            yield run

@@ -217,6 +217,7 @@ def serve(options: argparse.Namespace) -> None:
             models.append(Model.load(source, options.device))
         except Exception as error:  # of several libraries, for files that are missing, cut short or of something else
             raise StartError(f"{source} cannot be loaded ({_reason(error)}).") from error
+    limit_threads(*(model.pipe.transformer for model in models))
     try:
         page = build(*models)
     except OSError as error:

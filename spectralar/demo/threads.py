@@ -9,10 +9,18 @@ from pathlib import Path
 
 import torch
 
+from ..inference.generation import sums_in_order
+from ..transformer import SpectralARTransformer
 
-def limit_threads() -> None:
-    """Lowers torch's number of threads to `usable_cpus`; what OMP_NUM_THREADS asks for stays if it is less."""
-    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
+
+def limit_threads(*models: SpectralARTransformer) -> None:
+    """Lowers torch's number of threads to `usable_cpus`; what OMP_NUM_THREADS asks for stays if it is less.
+
+    To one where all models are small: they are no faster on two, which other visitors then have, and what a visitor
+    gets does not depend on the others to the bit.
+    """
+    small = models and all(sums_in_order(model) for model in models)
+    torch.set_num_threads(1 if small else min(torch.get_num_threads(), usable_cpus()))
 
 
 def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup"), environment: Mapping[str, str] = os.environ) -> int:

@@ -69,8 +69,23 @@ def test_samples_run_side_by_side(model):
 
     alone = [last(model._frames(label, 1, seed=5)) for label in (0, 2)]
     first, second = model._frames(0, 1, seed=5), model._frames(2, 1, seed=5, guidance_scale=2.0)
-    together = [last(frames) for frames in zip(*zip(first, second, strict=True), strict=True)]
-    assert together == alone
+    begun = [next(first), next(second)]
+    assert [last([frame, *frames]) for frame, frames in zip(begun, (first, second), strict=True)] == alone
+
+
+@pytest.mark.parametrize("prefix", [None, [[3, 4, 5]]])
+def test_with_and_without_an_engine_it_is_the_same(model, monkeypatch, prefix):
+    arguments = {"guidance_scale": 3.0, "prefix_codes": prefix}
+    frames, last = [f for f in model._frames(1, 2, 5, **arguments) if f], model._last(1, 2, 5, **arguments)
+    monkeypatch.setattr(model, "engine", None)
+    plain = [f for f in model._frames(1, 2, 5, **arguments) if f]
+    assert [(f.k, f.codes, f.sampled) for f in frames] == [(f.k, f.codes, f.sampled) for f in plain]
+    for ours, theirs in zip((f.images for f in frames), (f.images for f in plain), strict=True):
+        np.testing.assert_allclose(ours.astype(int), theirs.astype(int), atol=1)
+    codes, images = model._last(1, 2, 5, **arguments)
+    assert last[0] == codes == frames[-1].codes
+    for pixels in (last[1], frames[-1].images):
+        np.testing.assert_allclose(images.astype(int), pixels.astype(int), atol=1)
 
 
 class ZeroGPU:

@@ -1,11 +1,13 @@
 import math
+import threading
+import time
 
 import gradio as gr
 import numpy as np
 import pytest
 import torch
 
-from spectralar.demo.runs import Settings, parse_codes, stream
+from spectralar.demo.runs import SECONDS_A_MESSAGE, SECONDS_A_VISITOR, Run, Settings, parse_codes, stream
 
 GOOD = ("Bag", 2, 7, 1.5, "linear", 1.0, 0, 1.0, None, "")
 NAMES = (
@@ -96,7 +98,7 @@ def test_first_message_comes_before_the_model_and_the_first_frame_with_its_first
     runs = stream(model, checked(model))
     first = next(runs).snapshot()
     assert first["busy"] and first["frames"] == []
-    second = next(runs).snapshot()
+    second = next(snapshot for run in runs if (snapshot := run.snapshot())["frames"])
     assert len(second["frames"]) == 1 and "tokens/s" in second["status"]
     assert first["frames"] == []  # a snapshot is not touched by what comes later
     runs.close()
@@ -112,23 +114,44 @@ def test_every_frame_of_a_given_prefix_is_there(model):
         np.testing.assert_allclose(run.frames[k][0].astype(int), whole.frames[k][1].astype(int), atol=1)
 
 
-def test_closing_stops_the_model(model, monkeypatch):
-    steps = []
+@pytest.mark.parametrize("how", ["left", "stopped", "stopped while waiting"])
+def test_leaving_and_stopping_end_the_sampling(model, monkeypatch, how):
+    allowed, steps = threading.Semaphore(how != "stopped while waiting"), []
     step = model.pipe.transformer.step
-    monkeypatch.setattr(model.pipe.transformer, "step", lambda *a, **k: steps.append(1) or step(*a, **k))
+
+    def held(*arguments):
+        assert allowed.acquire(timeout=120)
+        steps.append(1)
+        return step(*arguments)
+
+    monkeypatch.setattr(model.pipe.transformer, "step", held)
     runs = stream(model, checked(model))
-    next(runs), next(runs)
-    before = len(steps)
-    runs.close()
-    assert before == len(steps) < 12
-
-
-def test_a_run_can_be_stopped_after_every_token(model):
-    kinds = [frame is None for frame in model.frames(1, 1, 0)]
-    assert kinds.count(True) == kinds.count(False) == 12 and kinds[:2] == [False, True]
+    run = next(runs)
+    next(run for run in runs if run.frames or not steps)
+    if how == "left":
+        runs.close()
+    else:
+        run.finish(stopped=True)
+        assert list(runs) == [] and not run.value["busy"]
+    allowed.release(1)  # of the token that is being sampled
+    deadline = time.monotonic() + 120
+    while model.engine.num_requests:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(steps) <= 2
 
 
 def test_messages_become_rarer_as_they_become_heavier(model, monkeypatch):
     monkeypatch.setattr("spectralar.demo.runs.BYTES_A_SECOND", 1.0)
     runs = list(run.snapshot() for run in stream(model, checked(model)))
-    assert [len(run["frames"]) for run in runs] == [0, 1, 12]
+    assert sorted({len(run["frames"]) for run in runs}) == [0, 1, 12]
+
+
+def test_messages_become_rarer_the_more_visitors_there_are(model):
+    run = Run(model, checked(model))
+    assert run.interval() == SECONDS_A_MESSAGE
+    model.engine._running.extend([None] * 40)
+    try:
+        assert run.interval() == 40 * SECONDS_A_VISITOR == 1.0
+    finally:
+        model.engine._running.clear()

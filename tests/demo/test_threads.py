@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spectralar.demo.threads import limit_threads, usable_cpus
+from tests.helpers import tiny_transformer
 
 
 @pytest.fixture
@@ -45,5 +46,18 @@ def test_torchs_threads_are_lowered_and_never_raised(monkeypatch):
         monkeypatch.setattr("spectralar.demo.threads.usable_cpus", lambda: 64)
         limit_threads()
         assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_one_thread_for_small_models(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr("spectralar.demo.threads.usable_cpus", lambda: 64)
+    small, wide = tiny_transformer(), tiny_transformer(hidden_size=512)
+    try:
+        for models, expected in (((small, wide), 3), ((small, small), 1)):
+            torch.set_num_threads(3)
+            limit_threads(*models)
+            assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)

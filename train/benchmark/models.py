@@ -123,11 +123,15 @@ def weights_read(transformer: SpectralARTransformer) -> int:
 
 
 def cache_traffic(transformer: SpectralARTransformer, rows: int) -> int:
-    """Bytes that a whole sample reads and writes in the key/value cache: at step t, t + 1 positions and one."""
+    """Bytes that a whole sample reads and writes in the key/value cache: at step t, t + 1 positions and one.
+
+    On a CPU all N positions are read: see `layers.KVCache.slots`.
+    """
     config = transformer.config
     position = 2 * config.num_layers * config.hidden_size * transformer.dtype.itemsize
     n = config.num_tokens
-    return rows * position * (n * (n + 1) // 2 + n)
+    read = n * n if transformer.device.type == "cpu" else n * (n + 1) // 2
+    return rows * position * (read + n)
 
 
 def sampler(pipeline: SpectralARPipeline, batch: int, guidance_scale: float = GUIDANCE) -> Callable[[], Tensor]:
