@@ -79,7 +79,7 @@ def as_codes(codes: Codes, name: str, codebook_size: int, device: torch.device) 
         if isinstance(value, Tensor):
             return plain(as_codes(value, name, codebook_size, value.device).tolist())
         if isinstance(value, np.ndarray | np.generic):
-            if value.dtype.kind not in "iuO":
+            if value.dtype.kind not in "iuO" and value.size:  # arrays of nothing are floats
                 fail(f"an array of {value.dtype}")
             return plain(value.tolist())
         if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
@@ -94,7 +94,9 @@ def as_codes(codes: Codes, name: str, codebook_size: int, device: torch.device) 
             return torch.tensor(numbers, dtype=torch.int64, device=device)
         except (TypeError, ValueError, RuntimeError) as error:  # the last for numbers beyond 64 bits
             raise ValueError(f"{name} must be a rectangular array of integers: {error}.") from error
-    if codes.is_meta or codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+    if codes.is_meta or (
+        codes.numel() and (codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool)
+    ):
         fail(f"a tensor of {codes.dtype}")
     return codes.to(device, torch.int64)
 
