@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import gradio as gr
@@ -25,7 +26,7 @@ from .links import Link, Linked
 from .model import Model, on_gpu, to_pixels
 from .pictures import log_spectrum, own_gains, signed_map
 from .scrubber import StripEncoder, scrubber, scrubber_value
-from .source import Origins, Picture, sample_examples, source
+from .source import Origins, Picture, opening_origin, sample_examples, source
 from .upload import PhotoInput
 
 TITLE = "Frequency bands"
@@ -240,7 +241,18 @@ def build(model: Model) -> Linked:
     listen_to_saves({name: figures[name] for name in own}, held, "bands-file")
     listen_to_saves({"influence": figures["influence"]}, influence.charts, "influence-file")
     _add_endpoints(model, influence)
-    return Linked([Link("bands", picture.origin)], [])
+
+    @cache
+    def opening() -> dict:
+        """What a visitor sees first: an example, analysed once for all visitors."""
+        *_, last = analyse(opening_origin(origins), None)
+        return last
+
+    def open_with_example(item: gr.Tab) -> None:
+        outputs = [view, held, *(figures[name] for name in own)]
+        picture.open_with(item, "bands", held, opening, outputs, show_progress="hidden", **options)
+
+    return Linked([Link("bands", picture.origin)], [], open_with_example)
 
 
 def _add_endpoints(model: Model, influence: Influence) -> None:

@@ -7,7 +7,6 @@ it at that moment gets a part of it. Here a new file takes the place of the old 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import hash_bytes
 from PIL import Image
 
 
@@ -26,7 +26,7 @@ def png_bytes(image: Image.Image) -> bytes:
 
 def write_whole(data: bytes, name: str, cache_folder: str) -> str:
     """Writes a file into a component's cache folder; returns its path, which is the same for the same bytes."""
-    folder = Path(cache_folder) / hashlib.sha256(data).hexdigest()
+    folder = Path(cache_folder) / hash_bytes(data)  # with a secret of the process: nobody can guess the name
     folder.mkdir(parents=True, exist_ok=True)
     handle, new = tempfile.mkstemp(dir=folder, prefix=".")
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -24,6 +24,7 @@ class Linked(NamedTuple):
 
     links: list[Link]
     events: list[Any]
+    open: Callable[[gr.Tab], None] | None = None  # lets the tab show something when it is opened
 
 
 def from_query(component: gr.components.Component, text: str) -> Any:

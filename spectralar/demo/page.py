@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import quote
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from . import bands, card, generate, reconstruct, remix
+from .guard import Guard, GuardedBlocks
 from .links import restore, write_script
 from .model import Model
 from .scrubber import CSS as SCRUBBER_CSS
@@ -19,6 +22,11 @@ from .scrubber import CSS as SCRUBBER_CSS
 TABS: Sequence[ModuleType] = (generate, reconstruct, bands, remix, card)
 
 PAPER = "https://arxiv.org/abs/2506.10962"
+# In the page itself: without one a browser asks for /favicon.ico, which behind a sub-path is somebody else's.
+ICON = "data:image/svg+xml," + quote(
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" fill="#e0e7ff"/>'
+    '<path d="M0 3a3 3 0 0 1 3-3h8v11H0z" fill="#818cf8"/><path d="M0 3a3 3 0 0 1 3-3h3v6H0z" fill="#4338ca"/></svg>'
+)
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
 SYSTEM_MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
 HOUR = 3600
@@ -36,7 +44,7 @@ def build(model: Model, *others: Model) -> gr.Blocks:
 
     An endpoint of another model has the model's name behind its own: generate_tiny_imagenet_64.
     """
-    with gr.Blocks(title="SpectralAR", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as demo:
+    with GuardedBlocks(title="SpectralAR", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as demo:
         if others:
             gr.Navbar(main_page_name=model.name)
         _lay_out(demo, model)
@@ -62,11 +70,13 @@ def _lay_out(demo: gr.Blocks, model: Model) -> None:
     )
     slugs = [tab.__name__.rpartition(".")[2] for tab in TABS]
     links = []
-    with gr.Tabs(elem_id="tabs") as tabs:
+    with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:  # all to be seen, on a phone too
         for slug, tab in zip(slugs, TABS, strict=True):
             with gr.Tab(tab.TITLE, id=slug, elem_id=f"tab-{slug}") as item:
-                tab_links, events = tab.build(model)
+                tab_links, events, opened = tab.build(model)
             links += tab_links
+            if opened:
+                opened(item)
             # The slider's place, k, is that of the tab before.
             item.select(None, js=f"() => {{ ({write_script(['tab', 'k'])})('{slug}', '') }}")
             components = [link.component for link in tab_links]
@@ -114,7 +124,9 @@ def launch_options(mcp: bool = False) -> dict[str, Any]:
     return {
         "theme": theme,
         "css": SCRUBBER_CSS + (Path(__file__).parent / "style.css").read_text(encoding="utf-8"),
+        "head": f'<link rel="icon" href="{ICON}">',
         "footer_links": ["api"],
+        "app_kwargs": {"middleware": [Middleware(Guard)]},
         "run_history": False,
         "enable_monitoring": False,
         "max_file_size": "40mb",

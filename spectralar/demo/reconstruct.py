@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import gradio as gr
@@ -20,7 +21,7 @@ from .links import Link, Linked
 from .model import Model, to_pixels
 from .reconstruction import Reconstruction, scrubber_values
 from .scrubber import scrubber
-from .source import Origins, source
+from .source import Origins, opening_origin, source
 from .upload import PhotoInput, crop_figure
 
 TITLE = "Reconstruct"
@@ -64,7 +65,11 @@ def build(model: Model) -> Linked:
     draw.click(tab.draw, [shown, token], [view, shown, code], **QUIET)
     undo.click(tab.undo, shown, [view, shown], **QUIET)
     view.token(tab.choose, shown, [token, code, edit], **QUIET)
-    return Linked([Link("image", picture.origin)], [])
+
+    def open_with_example(item: gr.Tab) -> None:
+        picture.open_with(item, "image", shown, tab.opening, [view, shown, crop], **QUIET)
+
+    return Linked([Link("image", picture.origin)], [], open_with_example)
 
 
 # -------------------------------------------------------------------------------------------------- behaviour
@@ -77,6 +82,14 @@ class _Tab:
     view: gr.HTML
     shown: gr.State
     crop: gr.HTML
+
+    def __post_init__(self) -> None:
+        self.opening = cache(self._opening)
+
+    def _opening(self) -> dict:
+        """What a visitor sees first: an example, reconstructed once for all visitors."""
+        *_, last = self.reconstruct(opening_origin(self.origins), None)
+        return last
 
     def reconstruct(self, origin: str, photo: Image.Image | None) -> Iterator[dict]:
         if not origin and photo is None:

@@ -95,7 +95,7 @@ function begin(before, arrived) {
   following = !keep || k >= value.cutoffs.length;
   const linked = linkedPlace();
   target = linked || value.rest;
-  if (!keep) notePlace(linked);
+  if (!keep) notePlace(linked, true);
   const count = value.groups[0].captions.length;
   if (!keep || chosen >= count) chosen = 0;
   const shape = (v) => v && JSON.stringify([v.groups, v.selectable]);
@@ -214,8 +214,8 @@ function moveTo(next) {
   notePlace(following ? 0 : k);
 }
 
-// The place stands in the page's address, as `k`, for the tab that is open: it is read once, for the first pictures, and
-// written when the slider has come to rest.
+// The place stands in the page's address, as `k`, for the tab that is open: it is read once, for the first pictures. It is
+// written at once with new pictures, so that a link copied then is right; while the slider moves, now and then.
 const tab = element.closest('[id^="tab-"]')?.id.slice('tab-'.length);
 const openTab = () => new URLSearchParams(location.search).get('tab') || 'generate';
 window.spectralarPlace ??= Number(new URLSearchParams(location.search).get('k')) || 0;
@@ -227,15 +227,18 @@ function linkedPlace() {
   return linked;
 }
 
-function notePlace(next) {
+function notePlace(next, atOnce = false) {
   place = next;
   clearTimeout(noting);
-  noting = setTimeout(() => {
-    if (!window.spectralarOpened || tab !== openTab()) return;
-    const query = new URLSearchParams(location.search);
-    if (place) query.set('k', place); else query.delete('k');
-    history.replaceState(history.state, '', location.pathname + '?' + query + location.hash);
-  }, 400);
+  if (atOnce) writePlace();
+  else noting = setTimeout(writePlace, 400);
+}
+
+function writePlace() {
+  if (!window.spectralarOpened || tab !== openTab()) return;
+  const query = new URLSearchParams(location.search);
+  if (place) query.set('k', place); else query.delete('k');
+  history.replaceState(history.state, '', location.pathname + '?' + query + location.hash);
 }
 
 function figure(node, big, small) {

@@ -107,6 +107,11 @@ class Origins:
         return pipe(class_ids, guidance_scale=scale, generator=generator, output_type="latent").codes.tolist()
 
 
+def opening_origin(origins: Origins) -> str:
+    """The origin that tabs open with: the first example, or a sample where there are none."""
+    return next((f"example:{name}" for name in origins.examples), "sample:0:0")
+
+
 def sample_examples(model: Model) -> tuple[list[str], list[str]]:
     """Origins of a few samples and what to call them. Every model has these, whatever examples there are."""
     names = model.class_names
@@ -126,6 +131,23 @@ class Source:
     origin: gr.Textbox
     named: gr.events.Dependency  # after which the photo shows the origin
     sent: gr.events.Dependency  # after which the photo is the visitor's own, and the origin empty
+
+    def open_with(
+        self, item: gr.Tab, link: str, shown: gr.State, handler: Callable[[], dict], outputs: list[Any], **options: Any
+    ) -> None:
+        """Shows `handler()` when the tab is opened and there is nothing in it, unless the address names an image.
+
+        The image input stays free for the visitor's own. Whatever the visitor chooses meanwhile comes before it.
+        """
+
+        def open_tab(held: Any, request: gr.Request) -> dict:
+            if held is not None or link in request.query_params:
+                return {outputs[0]: gr.skip()}
+            return handler()
+
+        opening = item.select(open_tab, shown, outputs, **options)
+        chosen = [self.origin.change, self.photo.input, self.photo.clear]
+        gr.on(chosen, None, cancels=[opening])
 
     def listen(self, handler: Callable[..., Iterator[dict]], outputs: list[Any], **options: Any) -> None:
         """Calls a generator `handler(origin, photo)` whenever there is another picture, or none."""

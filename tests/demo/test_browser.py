@@ -240,6 +240,24 @@ def test_place_is_kept_while_frames_arrive(generating, page):
     expect(generating).to_have_url(re.compile("[?&]k=2"))
 
 
+def test_the_address_is_right_once_the_picture_is(generating, page):
+    move_slider(generating, 5)
+    expect(generating).to_have_url(re.compile("[?&]k=5"))
+    # What the page puts off is not done at all: it comes too late where a picture takes less time than that.
+    generating.evaluate(
+        "window.later = setTimeout; window.setTimeout = (f, ms, ...rest) => (ms === 400 ? 0 : later(f, ms, ...rest))"
+    )
+    try:
+        start(generating, page, 1, seed=9, count=2)
+        query = generating.evaluate("location.search")
+        assert "k=" not in query and "seed=9" in query and "count=2" in query
+    finally:
+        generating.evaluate("window.setTimeout = window.later")
+    page.allow()
+    wait_until_done(generating)
+    fill(generating, count=4)
+
+
 def test_stop_keeps_what_is_there_and_stops_the_model(generating, page):
     start(generating, page, 3, seed=7)
     steps = page.steps
@@ -372,11 +390,17 @@ def test_replacing_a_code_shows_what_moves(reconstructing):
 
 
 def test_phone_width(reconstructing):
-    reconstructing.set_viewport_size({"width": 390, "height": 844})
+    reconstructing.set_viewport_size({"width": 360, "height": 780})
+    tabs = reconstructing.locator("#tabs .tab-container:not(.visually-hidden) [role=tab]")
+    expect(tabs).to_have_count(5)
+    boxes = [tab.bounding_box() for tab in tabs.all()]
+    assert all(0 <= box["x"] and box["x"] + box["width"] <= 360 for box in boxes)
+    assert len({round(box["y"]) for box in boxes}) == 1  # in one line
+    assert not reconstructing.locator("#tabs .overflow-menu").is_visible()
     for name, view in (("Generate", "#generated"), ("Reconstruct", VIEW)):
         reconstructing.get_by_role("tab", name=name).click()
         expect(reconstructing.locator(f"{view} .slider")).to_be_visible()
-        assert reconstructing.evaluate("document.documentElement.scrollWidth") <= 390
+        assert reconstructing.evaluate("document.documentElement.scrollWidth") <= 360
         assert reconstructing.locator(f"{view} canvas").first.bounding_box()["width"] > 100
     assert "tab=reconstruct" in reconstructing.url
 

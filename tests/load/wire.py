@@ -81,7 +81,7 @@ class Session:
             RefusedError: if the page does not take it.
         """
         body = {"data": data, "fn_index": function, "session_hash": self.hash, "event_data": event_data}
-        answer = await self.client.post(self.url + API + "queue/join", json=body)
+        answer = await self._post("queue/join", body)
         if answer.status_code == 503:
             raise RefusedError(FULL)
         if answer.status_code != 200:
@@ -91,10 +91,15 @@ class Session:
     async def run(self, function: int, data: list[Any], event_data: Any = None) -> list[Any]:
         """Calls a function that does not wait in the queue."""
         body = {"data": data, "fn_index": function, "session_hash": self.hash, "event_data": event_data}
-        answer = await self.client.post(self.url + API + "run/predict", json=body)
+        answer = await self._post("run/predict", body)
         if answer.status_code != 200:
             raise RefusedError(f"{answer.status_code}: {answer.text[:200]}")
         return answer.json()["data"]
+
+    async def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        # Not httpx's own way to JSON, which refuses what is no JSON, such as NaN.
+        headers = {"content-type": "application/json"}
+        return await self.client.post(self.url + API + path, content=json.dumps(body), headers=headers)
 
     async def cancel(self, function: int, event_id: str) -> None:
         body = {"session_hash": self.hash, "fn_index": function, "event_id": event_id}

@@ -1,0 +1,69 @@
+"""A short version of `python -m tests.load.abuse`, and the guard that answers what Gradio does not."""
+
+import asyncio
+import logging
+
+import httpx
+import pytest
+
+from spectralar.demo.guard import Guard
+from tests.demo.conftest import served
+from tests.load.abuse import SECRET, abuse
+from tests.load.wire import API
+
+NUM_INPUTS = 150
+
+
+@pytest.fixture(scope="module")
+def page(model):
+    with served(model) as page:
+        yield page
+
+
+def test_bad_input_is_answered(page, tmp_path, capfd):
+    (tmp_path / "secret.txt").write_bytes(SECRET)
+    outcome = asyncio.run(abuse(page.url, tmp_path, NUM_INPUTS, patience=120))
+    assert outcome.bad == []
+    assert sum(outcome.counts.values()) == NUM_INPUTS
+    assert sum(n for what, n in outcome.counts.items() if what.endswith("a sentence")) > NUM_INPUTS / 4
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+
+
+def test_unknown_functions_and_broken_requests_get_a_sentence(page, capfd):
+    unknown = {"data": [], "fn_index": 10**6, "session_hash": "x"}
+    for path, body in (("queue/join", unknown), ("run/predict", unknown), ("run/predict", {"data": []})):
+        answer = httpx.post(page.url + API + path, json=body, timeout=60)
+        assert 400 <= answer.status_code < 500 and answer.json()["detail"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_bodies_have_a_bound():
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    def status(path, size):
+        sent.clear()
+        scope = {"type": "http", "path": path, "headers": [(b"content-length", str(size).encode())]}
+        asyncio.run(Guard(app)(scope, None, send))
+        return sent[0]["status"]
+
+    assert status("/gradio_api/queue/join", 10**6) == 200 and status("/gradio_api/queue/join", 10**9) == 413
+    assert b"A request may have at most 64 MB." in sent[1]["body"]
+    assert status("/gradio_api/upload", 10**9) == 200  # which Gradio bounds itself
+
+
+def test_a_mistake_of_our_own_is_noted_in_one_line(page, monkeypatch, caplog):
+    monkeypatch.setattr(type(page.model), "label", lambda *args: 1 / 0)
+    body = {"data": ["Bag", 1, 0, 1.0, "constant", 1.0, 0, 1.0, None, None]}
+    with caplog.at_level(logging.WARNING):
+        joined = httpx.post(page.url + API + "call/generate", json=body, timeout=60).json()
+        text = httpx.get(page.url + API + f"call/generate/{joined['event_id']}", timeout=60).text
+    assert "please reload the page" in text
+    lines = [record.getMessage() for record in caplog.records if record.name.endswith("guard")]
+    assert len(lines) == 1 and lines[0].startswith("generate: ZeroDivisionError at ") and "\n" not in lines[0]
