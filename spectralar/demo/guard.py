@@ -18,7 +18,7 @@ from .errors import user_error
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_MB = 64  # of a request that is no upload; an image of 40 MB as a data URL fits
+MAX_BODY_MB = 16  # of a request that is no upload: Gradio keeps what a session sent; photos as data URLs fit
 MISUNDERSTOOD = "this request cannot be understood: see the page's API for what its functions take."
 
 Message = MutableMapping[str, Any]

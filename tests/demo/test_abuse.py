@@ -11,7 +11,7 @@ from tests.demo.conftest import served
 from tests.load.abuse import SECRET, abuse
 from tests.load.wire import API
 
-NUM_INPUTS = 150
+NUM_INPUTS = 80
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_bodies_have_a_bound():
         return sent[0]["status"]
 
     assert status("/gradio_api/queue/join", 10**6) == 200 and status("/gradio_api/queue/join", 10**9) == 413
-    assert b"A request may have at most 64 MB." in sent[1]["body"]
+    assert b"A request may have at most 16 MB." in sent[1]["body"]
     assert status("/gradio_api/upload", 10**9) == 200  # which Gradio bounds itself
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spectralar.demo.model import Model, best_device, to_pixels
+from spectralar.demo.model import Model, best_device, check_device, to_pixels
 from spectralar.demo.page import build
 from spectralar.demo.start import find_models
 from spectralar.interface.outputs import to_output
@@ -154,3 +154,20 @@ def test_on_zero_gpu_nothing_is_computed_without_the_gpu(monkeypatch):
         public[name](*values)
     assert {name for name, _ in calls} == {"encode", "decode", "step"}
     assert all(lent for _, lent in calls), [name for name, lent in calls if not lent]
+
+
+def test_a_device_that_is_not_there_is_named():
+    check_device(None)
+    check_device("cpu")
+    with pytest.raises(ValueError, match="--device tpu3 is not there: torch finds"):
+        check_device("tpu3")
+
+
+def test_the_package_spaces_itself_lets_the_page_be_elsewhere(model):
+    """Outside of ZeroGPU it must change nothing; on it, it forks, which no test can have without one."""
+    spaces = pytest.importorskip("spaces")
+    seen = []
+    assert list(spaces.GPU(duration=60)(lambda: iter([1, 2]))()) == [1, 2]
+    for frame in Model("tiny", model.pipe, "models/tiny").frames(0, 1, 0):
+        seen.append(frame)
+    assert [frame.k for frame in seen if frame][-1] == model.num_tokens

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import random
+import re
 import struct
 import sys
 import tempfile
@@ -164,7 +165,7 @@ class Abuser:
         self.outcome.slowest = max(self.outcome.slowest, time.monotonic() - begin)
 
     def _look(self, what: str, text: str) -> None:
-        if text == "None" or "Traceback" in text or text.startswith("5"):
+        if text == "None" or "Traceback" in text or re.match(r"5\d\d: ", text):
             self.outcome.bad.append(f"{what}: answered {text[:200]!r}")
 
     async def call(self, rng: random.Random) -> None:

@@ -85,7 +85,7 @@ class Session:
         if answer.status_code == 503:
             raise RefusedError(FULL)
         if answer.status_code != 200:
-            raise RefusedError(f"{answer.status_code}: {answer.text[:200]}")
+            raise _refusal(answer)
         return answer.json()["event_id"]
 
     async def run(self, function: int, data: list[Any], event_data: Any = None) -> list[Any]:
@@ -93,7 +93,7 @@ class Session:
         body = {"data": data, "fn_index": function, "session_hash": self.hash, "event_data": event_data}
         answer = await self._post("run/predict", body)
         if answer.status_code != 200:
-            raise RefusedError(f"{answer.status_code}: {answer.text[:200]}")
+            raise _refusal(answer)
         return answer.json()["data"]
 
     async def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
@@ -133,7 +133,7 @@ class Session:
         """
         answer = await self.client.post(self.url + API + "upload", files={"files": (name, data)})
         if answer.status_code != 200:
-            raise RefusedError(f"{answer.status_code}: {answer.text[:200]}")
+            raise _refusal(answer)
         return {"path": answer.json()[0], "orig_name": name, "meta": {"_type": "gradio.FileData"}}
 
     async def download(self, file: dict[str, Any]) -> bytes:
@@ -142,6 +142,16 @@ class Session:
         if answer.status_code != 200:
             raise RefusedError(f"a result's file: {answer.status_code}")
         return answer.content
+
+
+def _refusal(answer: httpx.Response) -> RefusedError:
+    """The sentence in an answer that is none: Gradio has it in one of two places, and some in the text itself."""
+    try:
+        said = answer.json()
+        text = said["error"] if "error" in said else said["detail"]
+    except (ValueError, TypeError, KeyError):
+        text = f"{answer.status_code}: {answer.text[:200]}"
+    return RefusedError(str(text))
 
 
 def result_of(event: Event) -> list[Any]:
