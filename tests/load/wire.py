@@ -74,14 +74,14 @@ class Session:
     url: str
     hash: str = field(default_factory=lambda: "".join(random.choices(string.ascii_lowercase + string.digits, k=11)))
 
-    async def join(self, function: int, data: list[Any], event_data: Any = None) -> str:
-        """Asks for a function; returns the event's id.
+    async def join(self, function: int, data: list[Any], event_data: Any = None, query: str = "") -> str:
+        """Asks for a function, from a page whose address has a query; returns the event's id.
 
         Raises:
             RefusedError: if the page does not take it.
         """
         body = {"data": data, "fn_index": function, "session_hash": self.hash, "event_data": event_data}
-        answer = await self._post("queue/join", body)
+        answer = await self._post("queue/join" + query, body)
         if answer.status_code == 503:
             raise RefusedError(FULL)
         if answer.status_code != 200:
