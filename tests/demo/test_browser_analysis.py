@@ -124,11 +124,18 @@ def saved(tab, elem_id, name):
 
 
 def test_bands_of_a_sample_in_one_click(tab, page):
+    wait_for_k(tab, N, "#bands-view")  # the example that the tab opens with
+    example = pixels(tab, 0, "#bands-view")
     tab.locator("#bands-try button", has_text="Bag").click()
-    wait_for_figure(tab, "figure-contributions")
-    wait_for_k(tab, N, "#bands-view")
+    expect(tab).to_have_url(re.compile("bands=sample"), timeout=PATIENCE)
     picture = Origins(page.model).picture("sample:2:0", None)
     frames = page.model.decode([picture.codes], list(range(1, N + 1)))[0]
+    for _ in range(PATIENCE // 200):  # until the sample stands where the example was
+        if not np.array_equal(pixels(tab, 0, "#bands-view"), example):
+            break
+        tab.wait_for_timeout(200)
+    wait_for_figure(tab, "figure-contributions")
+    wait_for_k(tab, N, "#bands-view")
     for k, shown in scrubbed(tab, "#bands-view", (3, 12), index=1).items():
         np.testing.assert_allclose(shown, frames[k - 1], atol=1)
     assert "bands=sample%3A2%3A0" in tab.url

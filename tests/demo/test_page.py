@@ -144,7 +144,8 @@ def test_nothing_is_stored_watched_or_fetched_from_elsewhere(page):
     assert httpx.get(page.url + "monitoring/summary").status_code in (403, 404)
     html = httpx.get(page.url).text
     assert "fonts.googleapis" not in html
-    assert '<link rel="icon" href="data:image/svg+xml,' in html  # no request, which behind a sub-path goes astray
+    head = httpx.get(page.url + "config").json()["head"]
+    assert '<link rel="icon" href="data:image/svg+xml,' in head  # no request, which behind a sub-path goes astray
 
 
 def test_behind_a_proxy_all_addresses_are_below_the_sub_path(model):
