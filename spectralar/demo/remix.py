@@ -185,14 +185,15 @@ class _Tab:
         with closing(self.continuations(class_id, a.codes, seed, guidance_scale)) as steps:
             for news in steps:
                 if not run.value["busy"]:  # stopped
-                    return
+                    break
                 now = time.perf_counter()
                 if news is not None:
                     run.add(*news, now - begin)
                 if now - sent >= (SECONDS_WITHOUT_NEWS if news is None else SECONDS_A_MESSAGE):
                     yield {self.view: run.snapshot()}
                     sent = time.perf_counter()
-        run.finish()
+        if run.value["busy"]:
+            run.finish()
         yield self.show(run)
 
     def _continuations(self, *arguments: Any) -> Iterator[Sampled | None]:

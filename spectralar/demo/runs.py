@@ -163,4 +163,4 @@ def stream(model: Model, settings: Settings) -> Iterator[Run]:
                     sent, news = time.perf_counter(), False
         if run.value["busy"]:  # not stopped
             run.finish()
-            yield run
+        yield run  # also if stopped: the last message is the one that stays on the page
