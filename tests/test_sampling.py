@@ -229,3 +229,15 @@ def test_good_arguments_pass():
     check_sampling_arguments(1024)
     check_sampling_arguments(1024, 0, 1024, 1e-3, 0, "cosine")
     check_sampling_arguments(1024, top_k=np.int64(5), temperature=np.float32(0.5))
+
+
+def test_the_smallest_top_p_leaves_the_most_likely_token():
+    logits = torch.tensor([[0.1, 2.0, 1.9], [3.0, -1.0, 2.0]])
+    for top_p in (1e-300, 1e-46, 5e-324):  # 0 in float32
+        assert sample_tokens(logits, torch.tensor([0.99, 0.0]), top_p=top_p).tolist() == [1, 0]
+
+
+def test_no_token_lies_beyond_the_codebook():
+    for value in (math.nan, math.inf):  # what is sampled of these is told elsewhere, and must not fail before
+        logits = torch.tensor([[0.0, value, 1.0]])
+        assert 0 <= sample_tokens(logits, torch.tensor([0.9])).item() < 3
