@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import stat
 import subprocess
@@ -14,12 +13,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 from spectralar.demo import start
 from spectralar.demo.temporary import PREFIX, VARIABLE, own_temporary_folder
-from tests.load.server import ROOT, serving
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+from tests.load.server import ROOT
 
 
 @pytest.fixture
@@ -162,31 +156,3 @@ def test_only_what_a_dead_page_has_left_is_removed(monkeypatch, tmp_path):
             assert first.is_dir() and not left.exists()
     # One without a lock was not made by a page, or is just being made.
     assert other.is_dir() and (target / "in-use").exists()
-
-
-@pytest.mark.timeout(2400)  # two starts of the whole page
-@pytest.mark.skipif(resource is None or not hasattr(resource, "prlimit"), reason="limits of others are Linux's")
-def test_a_page_in_odd_homes(model, tmp_path):
-    """Gradio's usual folder is somebody else's, there is no home, the disk fills up, and the process is killed."""
-    import httpx
-    from gradio_client import Client
-
-    model.pipe.save_pretrained(tmp_path / "tiny")
-    home = tmp_path / "page"
-    (home / "tmp").mkdir(parents=True)
-    (home / "tmp" / "gradio").write_text("not yours")  # nothing can be made in it, as in another user's folder
-    arguments = ["--model", tmp_path / "tiny"]
-    with serving(home, arguments, HOME="/nowhere", OMP_NUM_THREADS="1") as server:
-        (folder,) = server.temporary.glob(f"{PREFIX}*")
-        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, 0))  # as a full disk: no file can grow
-        client = Client(server.url, verbose=False, httpx_kwargs={"timeout": 600})
-        assert len(client.predict("Bag", count=2, api_name="/generate")["images"]) == 2
-        client.close()
-        assert httpx.get(server.url, timeout=600).status_code == 200
-        server.process.send_signal(signal.SIGKILL)
-        server.process.wait()
-        assert folder.is_dir()
-    with serving(home, arguments, HOME="/nowhere", OMP_NUM_THREADS="1") as server:
-        (second,) = server.temporary.glob(f"{PREFIX}*")
-        assert second != folder and second.is_dir()
-    assert list((home / "tmp").glob(f"{PREFIX}*")) == []  # also after SIGTERM
