@@ -9,7 +9,7 @@ from diffusers.callbacks import PipelineCallback
 
 from spectralar import SpectralARPipeline
 from spectralar.inference import streaming
-from spectralar.tokenizer import PrefixDecoder
+from spectralar.inference.frames import PrefixDecoder
 from tests.helpers import record_steps, seed, sharing_weights, tiny_pipeline
 
 N = 12  # tokens of the tiny models, 16x16 images, 4 classes

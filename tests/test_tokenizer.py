@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from spectralar import SpectralTokenizer
+from spectralar.inference.frames import PrefixDecoder
 from spectralar.quantizer import CodebookRevival, VectorQuantizer, nested_codebook_sizes
 from spectralar.spectral import cutoff_schedule, dct2, low_pass, square_mask
 from spectralar.tokenizer import ROWS_AT_ONCE, encoder_mask
@@ -167,7 +168,7 @@ def test_all_ways_to_decode_agree(tokenizer):
     assert separate[0].shape == images_for(tokenizer).shape
     together = tokenizer.decode(codes, list(range(1, N + 1)))
     assert together.shape == (3, N, *separate[0].shape[1:])
-    incremental, chunked = tokenizer.prefix_decoder(3), tokenizer.prefix_decoder(3)
+    incremental, chunked = PrefixDecoder(tokenizer, 3), PrefixDecoder(tokenizer, 3)
     for k in range(1, N + 1):
         torch.testing.assert_close(together[:, k - 1], separate[k - 1], **EXACT)
         torch.testing.assert_close(tokenizer.decode(codes, k), separate[k - 1], **EXACT)
@@ -183,7 +184,7 @@ def test_all_ways_to_decode_agree(tokenizer):
 
 def test_a_frame_may_be_asked_for_twice_or_not_at_all(tokenizer):
     codes = random_codes()
-    decoder = tokenizer.prefix_decoder(3)
+    decoder = PrefixDecoder(tokenizer, 3)
     for k in range(1, N + 1):
         decoder.append(codes[:, k - 1 : k])
         if k in (4, 5, N):
@@ -232,7 +233,7 @@ def test_prefix_bits():
 @pytest.mark.parametrize("config", [{}, {"alpha": 0.0}, GRID], ids=["codebook", "no cutoffs", "grid"])
 def test_all_ways_to_decode_agree_in_float32(config):
     tokenizer, codes = tiny_tokenizer(3, **config), random_codes()
-    together, decoder = tokenizer.decode(codes, list(range(1, N + 1))), tokenizer.prefix_decoder(3)
+    together, decoder = tokenizer.decode(codes, list(range(1, N + 1))), PrefixDecoder(tokenizer, 3)
     for k in range(1, N + 1):
         decoder.append(codes[:, k - 1 : k])
         for image in (decoder.frame(), together[:, k - 1]):
@@ -439,7 +440,7 @@ def test_images_that_are_not_floats():
 
 @pytest.mark.parametrize("k", [0, -1, N + 1, 2.5])
 def test_prefix_lengths_out_of_range(k):
-    tokenizer, message = tiny_tokenizer(), f"the prefix length must be an integer between 1 and {N}, got {k}"
+    tokenizer, message = tiny_tokenizer(), f"num_tokens must be an integer between 1 and {N}, got {k}"
     with pytest.raises(ValueError, match=message):
         tokenizer.encode(torch.zeros(1, 1, 16, 16), num_tokens=k)
     for lengths in ([k], [1, k], torch.tensor([k, 1])):
@@ -457,12 +458,12 @@ def test_a_prefix_longer_than_the_codes():
 
 @pytest.mark.parametrize("lengths", [[], 2.0, (k for k in (1, 2))])
 def test_prefix_lengths_of_an_unfit_type(lengths):
-    with pytest.raises(ValueError, match="num_tokens must be an integer, a tensor of one length an image, or a list"):
+    with pytest.raises(ValueError, match="num_tokens must be an integer"):
         tiny_tokenizer().decode(random_codes(), lengths)
 
 
 def test_a_tensor_of_lengths_needs_one_an_image():
-    with pytest.raises(ValueError, match=r"must have shape \(3,\), one an image"):
+    with pytest.raises(ValueError, match=r"num_tokens as a tensor must have shape \(3,\), one length an image"):
         tiny_tokenizer().decode(random_codes(3), torch.tensor([1, 2]))
 
 
@@ -485,7 +486,7 @@ def test_codes_of_another_shape(shape):
 
 
 def test_unfit_use_of_the_prefix_decoder():
-    decoder = tiny_tokenizer().prefix_decoder(2)
+    decoder = PrefixDecoder(tiny_tokenizer(), 2)
     with pytest.raises(ValueError, match="append at least one code"):
         decoder.frame()
     decoder.append(random_codes(2, N - 1))

@@ -16,9 +16,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..tokenizer import PrefixDecoder, SpectralTokenizer, frames_of_several
+from ..tokenizer import SpectralTokenizer
 from ..transformer import SpectralARTransformer
 from .batch import Request, SamplingBatch
+from .frames import PrefixDecoder, frames_of_several
 from .streaming import MASK_TOKENS_AT_ONCE, largest_group
 
 CACHE_BYTES = 128 << 20  # of keys and values, as far as that is enough for the fewest rows
@@ -150,7 +151,7 @@ class Engine:
             most = self.max_rows // (2 if request.guided else 1)
             raise ValueError(f"at most {most} images can be sampled at once, got {len(request.codes)}.")
         batch = len(request.codes)
-        decoder = None if wanted == "none" else self.tokenizer.prefix_decoder(batch)
+        decoder = None if wanted == "none" else PrefixDecoder(self.tokenizer, batch)
         sampling = Sampling(
             request, object() if visitor is None else visitor, wanted, decoder,
             largest_group(self.tokenizer, batch), next_length=max(1, request.length),

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..tokenizer import PrefixDecoder, SpectralTokenizer
+from ..tokenizer import SpectralTokenizer
+from .frames import PrefixDecoder
 
 # At most so many mask tokens are decoded at once, where more gain nothing; no frame waits for more tokens than this.
 MASK_TOKENS_AT_ONCE = 512
@@ -89,7 +90,7 @@ class FrameStream:
 
     def _decode(self) -> Iterator[tuple[Tensor, Tensor]]:
         waiting, self._waiting = self._waiting, []
-        self._decoder = self._decoder or self.tokenizer.prefix_decoder(self.batch_size)
+        self._decoder = self._decoder or PrefixDecoder(self.tokenizer, self.batch_size)
         self._decoder.append(waiting[-1][:, self._decoder.length :])
         images = self._decoder.frames([codes.shape[1] for codes in waiting])  # (B, S, C, H, H)
         images = (images / 2 + 0.5).clamp(0, 1)

@@ -15,9 +15,12 @@ from tests.helpers import seed, tiny_pipeline, tiny_transformer
 from tests.inference.test_batch import N, request
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return tiny_pipeline(dtype=torch.float32)
+SHORTCUT = {"spectral_shortcut": True, "encoder_layers": 0}
+
+
+@pytest.fixture(scope="module", params=[{}, SHORTCUT], ids=["plain", "shortcut"])
+def pipe(request):
+    return tiny_pipeline(dtype=torch.float32, tokenizer=request.param)
 
 
 @pytest.fixture
