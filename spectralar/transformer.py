@@ -169,7 +169,7 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
             raise ValueError(f"class_labels must have shape ({codes.shape[0]},), got {tuple(class_labels.shape)}.")
         conditioning = self.condition(class_labels)
         x = self._run(self._embed(codes, 0, conditioning), conditioning)
-        return self._logits(x, conditioning, 0)
+        return self._logits(x, conditioning)
 
     # ------------------------------------------------------------------------------------------------ inference
 
@@ -261,7 +261,7 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
                 x = block(x, modulation, cache, layer)
         return x
 
-    def _logits(self, x: Tensor, conditioning: Conditioning, first: int) -> Tensor:
+    def _logits(self, x: Tensor, conditioning: Conditioning, first: int = 0) -> Tensor:
         """(B, T, D), for the tokens from `first` on -> (B, T, K), never below float32."""
         shift, scale = conditioning.final.unsqueeze(2).unbind(1)  # each (B, 1, D)
         hidden = torch.addcmul(shift, self.final_norm(x), scale)

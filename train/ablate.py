@@ -41,6 +41,8 @@ def tables(config: Config) -> dict[str, dict[str, list[str]]]:
     late = f"adversarial=patchgan adversarial_from={config.train_tokenizer.steps // 2}"
     levels = min(FSQ_LEVELS, key=lambda x: abs(math.log(math.prod(x) / config.tokenizer.codebook_size)))
     grid = f"fsq_levels={json.dumps(levels, separators=(',', ':'))} codebook_size={math.prod(levels)}"
+    # Both stand in the place of the plain codebook that a spectral shortcut needs.
+    learned = "spectral_shortcut=false encoder_layers=4 " if config.tokenizer.spectral_shortcut else ""
     # By table and run: what it sets of the tokenizer, and of its training.
     choices = {
         "losses": {
@@ -52,8 +54,8 @@ def tables(config: Config) -> dict[str, dict[str, list[str]]]:
         "quantizer": {
             "cosine codebook": ("", "rotation_trick=false"),
             "with the rotation trick": ("", "rotation_trick=true"),
-            "nested codebooks from 2 entries": ("codebook_sizes=[2]", "rotation_trick=false"),
-            f"FSQ {levels}": (f"{grid} codebook_dim={len(levels)}", "rotation_trick=false quantize_from=0"),
+            "nested codebooks from 2 entries": (f"{learned}codebook_sizes=[2]", "rotation_trick=false"),
+            f"FSQ {levels}": (f"{learned}{grid} codebook_dim={len(levels)}", "rotation_trick=false quantize_from=0"),
         },
         "alpha": {f"alpha {alpha:g}": (f"cutoffs=[] alpha={alpha}", "") for alpha in (0.5, 1.0, 1.5, 2.0)},
         "seeds": {f"seed {seeds[0] + i}": ("", f"seed={seeds[0] + i}") for i in range(3)},
@@ -76,6 +78,8 @@ def tables(config: Config) -> dict[str, dict[str, list[str]]]:
         runs[title] = {}
         for i, (name, (shape, training)) in enumerate(table.items()):
             settings = [f"tokenizer.{s}" for s in shape.split()] + [f"train_tokenizer.{s}" for s in training.split()]
+            if "codebook_dim" in shape:
+                settings.append("transformer.codebook_dim=0")
             if title == "seeds":  # of both models
                 settings.append(f"train_transformer.seed={seeds[1] + i}")
             runs[title][name] = [s for s in settings if _changes(config, s)]

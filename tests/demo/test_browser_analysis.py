@@ -96,7 +96,8 @@ def scrubbed(tab, view, lengths, index=0):
     requests = []
 
     def count(request):
-        requests.append(request.url)
+        if "/gradio_api/file=" not in request.url:  # a picture of before, which the browser may fetch late
+            requests.append(request.url)
 
     tab.on("request", count)
     for _ in range(100):  # until the page has done what came before
@@ -206,7 +207,8 @@ def test_continuation_is_stopped_and_scrubbed(tab, page):
     expect(tab.locator("#remixed .status")).to_contain_text("1 of 12 exchange points", timeout=PATIENCE)
     expect(tab.locator("#remix")).to_be_disabled()
     tab.click("#remix-stop")
-    expect(tab.locator("#remixed .status")).to_contain_text("Stopped after 1 of 12", timeout=PATIENCE)
+    # Those with a longer prefix need fewer tokens, and all go on together: more than one may be there.
+    expect(tab.locator("#remixed .status")).to_contain_text(re.compile("Stopped after [1-9] of 12"), timeout=PATIENCE)
     expect(tab.locator("#remix")).to_be_enabled(timeout=PATIENCE)
     wait_for_figure(tab, "remix-strip")
     page.allow(3)  # the token that was being sampled, and no others

@@ -14,7 +14,6 @@ from spectralar.transformer import PRESETS, SpectralARTransformer
 from tests.helpers import seed, tiny_pipeline, tiny_transformer
 from tests.inference.test_batch import N, request
 
-
 SHORTCUT = {"spectral_shortcut": True, "encoder_layers": 0}
 
 

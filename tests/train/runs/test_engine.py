@@ -113,7 +113,7 @@ def test_clock_leaves_out_pauses_and_tells_data_apart(monkeypatch):
 
 @pytest.mark.parametrize("kind", engine.SHARDED)
 def test_sharded_training_is_refused(kind, monkeypatch, tmp_path):
-    accelerator = SimpleNamespace(distributed_type=kind, is_main_process=True)
+    accelerator = SimpleNamespace(distributed_type=kind, is_main_process=True, device=torch.device("cpu"))
     monkeypatch.setattr(engine, "make_accelerator", lambda **options: accelerator)
     args, config = parse_arguments("", ["fashion-mnist-32", "--output", str(tmp_path / "run")])
     with pytest.raises(SystemExit, match=rf"^{kind.value} is not supported.*: launch with plain data parallelism"):
