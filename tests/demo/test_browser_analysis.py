@@ -211,10 +211,10 @@ def test_continuation_is_stopped_and_scrubbed(tab, page):
     expect(tab.locator("#remixed .status")).to_contain_text(re.compile("Stopped after [1-9] of 12"), timeout=PATIENCE)
     expect(tab.locator("#remix")).to_be_enabled(timeout=PATIENCE)
     wait_for_figure(tab, "remix-strip")
-    page.allow(3)  # the token that was being sampled, and no others
     steps = page.steps
+    page.allow(20)  # the round that was under way, with the prefixes of those who had just come in, and no others
     tab.wait_for_timeout(1000)
-    assert page.steps <= steps + 1
+    assert page.steps <= steps + 6
     page.allow()
 
 

@@ -84,14 +84,15 @@ def test_a_command_that_fails_ends_the_program_with_its_code(python, tmp_path, c
 
 
 def test_a_command_is_stopped_and_waited_for_when_the_program_is(python, tmp_path, monkeypatch):
-    stage = python(f"trap 'sleep 0.2; echo saved > {tmp_path}/saved; exit 143' TERM; sleep 30 & wait", tmp_path / "p")
+    trap = f"trap 'sleep 0.2; echo saved > {tmp_path}/saved; exit 143' TERM"
+    stage = python(f"{trap}; echo > {tmp_path}/trapped; sleep 30 & wait", tmp_path / "p")
     wait = ablate.subprocess.Popen.wait
     calls = []
 
     def interrupted(process, *args):
         calls.append(process)
         if len(calls) == 1:
-            while not (tmp_path / "calls").exists():
+            while not (tmp_path / "trapped").exists():
                 pass
             raise SystemExit(143)
         return wait(process, *args)
