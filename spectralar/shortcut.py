@@ -131,8 +131,9 @@ class RunningSpectrum:
         for length in sorted(set(lengths)):
             if self._spectrum is None or length < self._length:
                 self._length, self._spectrum = 0, self._shortcut.begin(len(entries))
-            for k in range(self._length, length):
-                self._shortcut.add(self._spectrum, entries[:, k], k)
+            with torch.autocast(entries.device.type, enabled=False):  # sums of many tokens
+                for k in range(self._length, length):
+                    self._shortcut.add(self._spectrum, entries[:, k], k)
             self._length = length
             found[length] = self._spectrum.clone()
         return torch.stack([found[length] for length in lengths], dim=1)

@@ -69,7 +69,7 @@ def test_datasets_that_may_not_write_says_where(tmp_path, monkeypatch):
     write_parquet(tmp_path / "X" / "a.parquet", [1, 2, 3], [0, 0, 0], datasets.ClassLabel(names=["oak"]))
 
     def load_dataset(*arguments, **options):
-        raise PermissionError(13, "Permission denied", "/root/.cache/huggingface")
+        raise PermissionError(13, "Permission denied", "/home/somebody/.cache/huggingface")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match="PermissionError: .*Permission denied.*variable HF_DATASETS_CACHE"):
