@@ -131,6 +131,18 @@ class KVCache:
         return [KVSlot(*pair, places, length, mask) for pair in zip(self.keys, self.values, strict=True)]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """Softmax attention of queries (B, heads, T, d) to keys and values (B, heads, S, d) -> (B, heads, T, d).
+
+    `mask`, broadcast to (B, heads, T, S), is True where to attend. What is learnt from in bfloat16 on a CPU is computed
+    in float32: torch's backward pass takes four times as long in bfloat16, with the instructions for it.
+    """
+    if q.is_cpu and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return attend(q.float(), k.float(), v.float(), mask, is_causal).to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+
 class Attention(nn.Module):
     """Multi-head attention in three separable steps, so that callers can share or cache keys and values.
 
@@ -166,7 +178,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Self-attention over x (B, T, D); `mask`, broadcast to (B, heads, T, T), is True where to attend."""
         q, k, v = self.qkv(x)
-        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal))
+        return self.out(attend(q, k, v, mask, is_causal))
 
 
 class MLP(nn.Module):
@@ -220,7 +232,7 @@ class AdaLNBlock(nn.Module):
         q, k, v = self.attn.qkv(torch.addcmul(shift1, self.norm1(x), scale1))
         if cache is not None:
             cache.write(layer, 0, k, v)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = attend(q, k, v, is_causal=True)
         x = torch.addcmul(x, gate1, self.dropout(self.attn.out(mixed)))
         hidden = self.mlp(torch.addcmul(shift2, self.norm2(x), scale2))
         return torch.addcmul(x, gate2, self.dropout(hidden))

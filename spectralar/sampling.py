@@ -189,9 +189,7 @@ def check_sampling_arguments(
         "guidance_scale": check_guidance_scale(guidance_scale),
         "guidance_schedule": one_of(guidance_schedule, "guidance_schedule", GUIDANCE_SCHEDULES),
         "temperature": temperature,
-        "top_k": integer(
-            top_k, "top_k", 0, codebook_size, f"from 0 (off) to the codebook size {codebook_size}"
-        ),
+        "top_k": integer(top_k, "top_k", 0, codebook_size, f"from 0 (off) to the codebook size {codebook_size}"),
         "top_p": top_p,
     }
 

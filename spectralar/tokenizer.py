@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from .checks import check_codes, integer, scalar, shown
-from .layers import Block, KVCache, LayerwiseCasting, init_weights
+from .layers import Block, KVCache, LayerwiseCasting, attend, init_weights
 from .quantizer import FiniteScalarQuantizer, QuantizerOutput, VectorQuantizer, nested_codebook_sizes
 from .shortcut import RunningSpectrum, SpectralShortcut
 from .spectral import check_cutoffs, cutoff_schedule, idct2, low_pass
@@ -337,7 +337,7 @@ class SpectralTokenizer(LayerwiseCasting, ModelMixin, ConfigMixin):
         if position > 0 and q.shape[2] > 1:  # several new tokens behind old ones: causal, shifted
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(position)
         causal = mask is None and q.shape[2] > 1
-        x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
+        x = x + block.attn.out(attend(q, k, v, mask, causal))
         return x + block.mlp(block.norm2(x)), k, v
 
     def _render(
@@ -373,7 +373,7 @@ class SpectralTokenizer(LayerwiseCasting, ModelMixin, ConfigMixin):
         q, k, v = block.attn.qkv(block.norm1(x))
         k, v = _join(k, token_k, frames), _join(v, token_v, frames)  # (B S, heads, P + n, head_dim)
         q = q.expand(k.shape[0], -1, -1, -1)
-        x = x + block.attn.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+        x = x + block.attn.out(attend(q, k, v, mask))
         return x + block.mlp(block.norm2(x))
 
     def _to_images(self, x: Tensor, base: Tensor | None = None) -> Tensor:

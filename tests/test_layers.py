@@ -15,6 +15,7 @@ from spectralar.layers import (
     Block,
     KVCache,
     adaln_step,
+    attend,
     block_inputs,
     init_weights,
     linear,
@@ -60,6 +61,21 @@ def test_a_mask_for_each_image(x):
     masks[..., 0] = True
     for image in range(2):
         torch.testing.assert_close(attention(x, masks)[image], attention(x[image : image + 1], masks[image])[0])
+
+
+@pytest.mark.parametrize("learning", [True, False])
+def test_under_autocast_what_is_learnt_from_is_attended_to_in_float32(learning):
+    q, k, v = (torch.randn(2, 2, 5, 8).bfloat16().requires_grad_() for _ in range(3))
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(learning):
+        mixed = attend(q, k, v, is_causal=True)
+        plain = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert mixed.dtype == torch.bfloat16
+    assert torch.equal(mixed, expected.bfloat16() if learning else plain)
+    assert not torch.equal(plain, expected.bfloat16()), "the two ways round alike here: choose other numbers"
+    if learning:
+        mixed.float().sum().backward()
+        assert all(x.grad is not None and x.grad.dtype == x.dtype for x in (q, k, v))
 
 
 def test_qk_norm_bounds_the_logits(x):
