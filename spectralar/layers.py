@@ -134,8 +134,8 @@ class KVCache:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """Softmax attention of queries (B, heads, T, d) to keys and values (B, heads, S, d) -> (B, heads, T, d).
 
-    `mask`, broadcast to (B, heads, T, S), is True where to attend. What is learnt from in bfloat16 on a CPU is computed
-    in float32: torch's backward pass takes four times as long in bfloat16, with the instructions for it.
+    `mask`, broadcast to (B, heads, T, S), is True where to attend. On a CPU what is learnt from in bfloat16 is
+    computed in float32: torch's backward pass takes four times as long in bfloat16, with the instructions for it.
     """
     if q.is_cpu and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
