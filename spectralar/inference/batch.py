@@ -14,7 +14,7 @@ from torch import Tensor
 from ..sampling import guidance_curve
 from ..transformer import Conditioning, SamplingCache, SpectralARTransformer
 from . import cuda_graphs
-from .generation import ROWS_TOGETHER, choose, logits_dtype
+from .generation import ROWS_TOGETHER, after_given, choose, logits_dtype
 
 MOST_GRAPHS = 64
 
@@ -32,6 +32,7 @@ class Request:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    finite: bool = True  # whether the logits of all tokens were, as far as they have been read
 
     @property
     def guided(self) -> bool:
@@ -113,6 +114,7 @@ class SamplingBatch:
             # Of each image. Without guidance both rows are the same one, and the scale is 1.
             self._cond, self._uncond = zeros(capacity), zeros(capacity)
             self._codes, self._uniforms = zeros(capacity, n), zeros(capacity, n, dtype=torch.float32)
+            self._finite = zeros(capacity, dtype=torch.bool)  # whether all logits so far were
             self._scales = zeros(capacity, n, dtype=logits_dtype(transformer))
             self._sizes = None
             if codebook_sizes is not None:
@@ -148,6 +150,7 @@ class SamplingBatch:
         self._uniforms[images] = request.uniforms.float()
         self._scales[images] = torch.tensor(curve, dtype=self._scales.dtype, device=device)
         self._image_of[rows] = images.repeat(len(rows) // len(images))
+        self._finite[images] = True
         self._begin(request, rows)
         self._members_changed()
 
@@ -164,8 +167,9 @@ class SamplingBatch:
         if length:
             image_of = torch.arange(len(rows) + spare, dtype=torch.int64, device=rows.device) % batch
             prefix = request.codes[:, :length].index_select(0, image_of)
-            logits = self.transformer.step(prefix, 0, conditioning, cache)  # (R, K)
+            logits = after_given(self.transformer, prefix, conditioning, cache)  # (R, K)
             images = self._places[request].images
+            self._finite[images] = logits[: len(rows)].isfinite().all(1).view(-1, batch).all(0)
             uncond = logits[batch : 2 * batch] if request.guided else None
             tokens = self._choose(
                 logits[:batch], uncond, self._scales[images, length, None], self._uniforms[images, length],
@@ -181,11 +185,16 @@ class SamplingBatch:
             self.remove(request)
 
     def read(self, request: Request) -> Tensor:
-        """The tokens of a request so far, (B, length); they stand in its `codes` too, and stay there."""
+        """The tokens of a request so far, (B, length); they stand in its `codes` too, and stay there.
+
+        They are worth nothing where `finite` is False from here on.
+        """
         length = request.length
         if request not in self._places:
             return request.codes[:, :length]
-        request.codes[:, :length] = self._codes[self._places[request].images, :length]
+        images = self._places[request].images
+        request.codes[:, :length] = self._codes[images, :length]
+        request.finite = bool(self._finite[images].all())
         return request.codes[:, :length]
 
     @torch.inference_mode()
@@ -240,6 +249,9 @@ class SamplingBatch:
         logits = self.transformer.step(self._tokens[:rows, None], positions, conditioning, self._caches[rows])
         at = positions.index_select(0, cond).unsqueeze(1)  # (I, 1), the token that is chosen
         both = logits.index_select(0, cond), logits.index_select(0, self._uncond[:images])  # each (I, K)
+        finite = logits.isfinite().all(1)  # (R,)
+        for of_rows in (cond, self._uncond[:images]):
+            self._finite[:images].logical_and_(finite.index_select(0, of_rows))
         scales, uniforms = self._scales[:images].gather(1, at), self._uniforms[:images].gather(1, at).squeeze(1)
         if len(self._groups) == 1:
             tokens = self._choose(*both, scales, uniforms, at, next(iter(self._groups)))

@@ -20,6 +20,7 @@ from ..tokenizer import SpectralTokenizer
 from ..transformer import SpectralARTransformer
 from .batch import Request, SamplingBatch
 from .frames import PrefixDecoder, frames_of_several
+from .generation import no_next_token
 from .streaming import MASK_TOKENS_AT_ONCE, largest_group
 
 CACHE_BYTES = 128 << 20  # of keys and values, as far as that is enough for the fewest rows
@@ -197,7 +198,11 @@ class Engine:
                 self._batch.add(sampling.request)
         self._batch.step()
         self._decode()
-        for sampling in [sampling for sampling in self._running if sampling.finished]:
+        for sampling in self._running:
+            if not sampling.request.finite:
+                sampling.put(no_next_token(self.transformer))
+                sampling.close()
+        for sampling in [sampling for sampling in self._running if sampling.finished and not sampling.closed]:
             if sampling.wanted == "none":
                 sampling.put(Frame(sampling.request.codes.clone(), None))
             sampling.put(_END)
@@ -215,9 +220,11 @@ class Engine:
             if lengths and (count <= room or not due):
                 due.append((sampling, lengths))
                 room -= count
+        for sampling, _ in due:
+            self._batch.read(sampling.request)
+        due = [(sampling, lengths) for sampling, lengths in due if sampling.request.finite]
         for sampling, lengths in due:
-            codes = self._batch.read(sampling.request)
-            sampling.decoder.append(codes[:, sampling.decoder.length : lengths[-1]])
+            sampling.decoder.append(sampling.request.codes[:, sampling.decoder.length : lengths[-1]])
         if due:
             images = frames_of_several([(sampling.decoder, lengths) for sampling, lengths in due])
             for (sampling, lengths), frames in zip(due, images, strict=True):

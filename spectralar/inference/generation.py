@@ -53,8 +53,6 @@ class TokenGenerator:
         self._scales = torch.ones(transformer.config.num_tokens, dtype=logits_dtype(transformer), device=codes.device)
         self._scales_set = [1.0] * transformer.config.num_tokens
         self._finite = torch.ones((), dtype=torch.bool, device=codes.device)  # whether all logits so far were
-        # In half precision a pass over several tokens rounds otherwise than steps do, and other tokens come of it.
-        self._in_one_pass = transformer.dtype.itemsize >= 4
         self._guided = False
         self._image_of: Tensor | None = None  # (R,) int64, the image of each row of the transformer
         self._conditioning: Conditioning | None = None
@@ -74,11 +72,10 @@ class TokenGenerator:
         if self._cache is None or (guided and not self._guided):
             # The first token, or one after a change from outside: all tokens so far run before it.
             self._begin(guided)
-            if index and self._in_one_pass:
-                self._pick(index, self._run(self.codes[:, :index], 0))
+            if index:
+                given = self.codes[:, :index].index_select(0, self._image_of)  # (R, index)
+                self._pick(index, after_given(self.transformer, given, self._conditioning, self._cache))
                 return
-            for position in range(index):
-                self._run(self._token_before(position), position)
         self._step(index)
 
     def _begin(self, guided: bool) -> None:
@@ -101,16 +98,8 @@ class TokenGenerator:
         Reads and writes tensors at fixed addresses only and asks the device nothing: it can be captured once and
         replayed. Python numbers in it are `index` and the filters.
         """
-        self._pick(index, self._run(self._token_before(index), index))
-
-    def _token_before(self, index: int) -> Tensor | None:
-        return self.codes[:, index - 1 : index] if index else None
-
-    def _run(self, tokens: Tensor | None, position: int) -> Tensor:
-        """Logits (R, K) of the token behind `tokens` (B, T), which are at `position` of the sequence."""
-        if tokens is not None:
-            tokens = tokens.index_select(0, self._image_of)  # (R, T)
-        return self.transformer.step(tokens, position, self._conditioning, self._cache)
+        before = self.codes[:, index - 1 : index].index_select(0, self._image_of) if index else None  # (R, 1)
+        self._pick(index, self.transformer.step(before, index, self._conditioning, self._cache))
 
     def _pick(self, index: int, logits: Tensor) -> None:
         """Guidance, filters, and the choice of token `index`."""
@@ -129,13 +118,33 @@ class TokenGenerator:
             ValueError: if logits were not finite: there is nothing to sample from then.
         """
         if not bool(self._finite):
-            raise ValueError(
-                "the logits are not finite, so there is no next token: the transformer's weights hold NaN or "
-                f"infinity, or are too large for {self.transformer.dtype}."
-            )
+            raise no_next_token(self.transformer)
 
     def close(self) -> None:
         """To be called when no more tokens are wanted."""
+
+
+def after_given(
+    transformer: SpectralARTransformer, given: Tensor, conditioning: Conditioning, cache: SamplingCache
+) -> Tensor:
+    """Logits (R, K) behind given tokens (R, k), k >= 1, which an empty cache takes in.
+
+    In half precision a pass over several tokens rounds otherwise than the steps by which they were sampled, and other
+    tokens would come of it: they go step by step.
+    """
+    if transformer.dtype.itemsize >= 4:
+        return transformer.step(given, 0, conditioning, cache)
+    logits = transformer.step(None, 0, conditioning, cache)
+    for position, tokens in enumerate(given.split(1, dim=1), start=1):
+        logits = transformer.step(tokens, position, conditioning, cache)
+    return logits
+
+
+def no_next_token(transformer: SpectralARTransformer) -> ValueError:
+    return ValueError(
+        "the logits are not finite, so there is no next token: the transformer's weights hold NaN or infinity, or are "
+        f"too large for {transformer.dtype}."
+    )
 
 
 def choose(

@@ -143,3 +143,50 @@ def test_a_request_that_only_lacks_one_token(model):
     last.codes[:, -1] = 0
     batch.add(last)
     assert last.done and torch.equal(last.codes, codes) and batch.free_rows == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_given_prefix_changes_nothing_in_half_precision(dtype):
+    """As the pipeline's loop promises: one's own first tokens, given, are continued by the same ones."""
+    model = tiny_transformer(num_layers=4).to(dtype)
+
+    def codes(label, prefix=(), **options):
+        batch, wanted = SamplingBatch(model, 16), request(4, label, number=label, prefix=prefix, **options)
+        batch.add(wanted)
+        while not wanted.done:
+            batch.step()
+        return wanted.codes
+
+    for label in range(CLASSES):
+        for scale in (1.0, 3.0):
+            for number, row in enumerate(codes(label, guidance_scale=scale)):
+                for k in (1, 6, 11):
+                    continued = codes(label, row[:k].tolist(), guidance_scale=scale)
+                    assert torch.equal(continued[number], row)
+
+
+def test_logits_that_are_not_finite_are_known_by_request():
+    """Those of a class whose embedding is no number; neighbours go on."""
+    model = tiny_transformer()
+    model.class_embed.weight.data[1] = torch.nan
+    batch, good = SamplingBatch(model, 24), request(2, 0, number=1, guidance_scale=2.0)
+    expected = alone(model, good)
+    bad = [request(2, 1, number=2, guidance_scale=scale, prefix=given) for scale in (1.0, 2.0) for given in ((), (3,))]
+    bad.append(request(2, 1, prefix=[3] * (N - 1)))  # which leaves at once
+    for wanted in (good, *bad):
+        batch.add(wanted)
+    batch.step()
+    for wanted in bad:
+        batch.read(wanted)
+        assert not wanted.finite
+    while not good.done:
+        batch.step()
+    assert good.finite and torch.equal(good.codes, expected)
+    model.class_embed.weight.data[1], model.class_embed.weight.data[CLASSES] = 0, torch.nan  # the null class
+    without, guided = request(1, 0), request(1, 0, guidance_scale=2.0)
+    batch = SamplingBatch(model, 16)
+    for wanted in (without, guided):
+        batch.add(wanted)
+    batch.step()
+    batch.read(without), batch.read(guided)
+    assert without.finite and not guided.finite

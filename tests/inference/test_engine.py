@@ -3,6 +3,7 @@
 import threading
 import time
 from contextlib import contextmanager
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -205,3 +206,16 @@ def test_rows_by_the_size_of_the_model():
     assert rows_that_fit(tiny_transformer()) == module.MOST_ROWS
     with torch.device("meta"):
         assert rows_that_fit(SpectralARTransformer(**PRESETS["d16"])) == module.FEWEST_ROWS
+
+
+@pytest.mark.parametrize("wanted", ["all", "last", "none"])
+def test_logits_that_are_not_finite_are_told_to_whom_they_concern(wanted):
+    pipe = tiny_pipeline(dtype=torch.float32)
+    pipe.transformer.class_embed.weight.data[1] = torch.nan
+    engine = Engine(pipe.transformer, pipe.tokenizer, max_rows=16)
+    good, bad = (engine.sample(request(1, label), wanted=wanted) for label in (0, 1))
+    with pytest.raises(ValueError, match="the logits are not finite, .* weights hold NaN or infinity"):
+        list(islice(bad, 1000))  # in the end there would be no news but that
+    assert frames_of(good)[-1].codes.shape == (1, N)
+    wait_for(lambda: engine._thread is None)
+    assert engine._batch.free_rows == 16
