@@ -24,9 +24,16 @@ def shown(value: Any) -> str:
         return type(value).__name__
 
 
+def odd_kind(tensor: Tensor) -> str:
+    """What keeps the numbers of a tensor from being read as those of others: "meta", "sparse", ..; "" if nothing."""
+    kinds = {"meta": tensor.is_meta, "nested": tensor.is_nested, "quantized": tensor.is_quantized}
+    kinds["sparse"] = tensor.layout != torch.strided
+    return next((kind for kind, is_so in kinds.items() if is_so), "")
+
+
 def scalar(value: Any) -> Any:
     """The Python number in a tensor or array without axes; all else as it is."""
-    if isinstance(value, np.ma.MaskedArray) or (isinstance(value, Tensor) and value.is_meta):
+    if isinstance(value, np.ma.MaskedArray) or (isinstance(value, Tensor) and odd_kind(value)):
         return value
     return value.item() if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0 else value
 
@@ -82,23 +89,29 @@ def as_codes(codes: Codes, name: str, codebook_size: int, device: torch.device) 
             if value.dtype.kind not in "iuO" and value.size:  # arrays of nothing are floats
                 fail(f"an array of {value.dtype}")
             return plain(value.tolist())
-        if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
+        if isinstance(value, str | bytes | bytearray | memoryview):
+            fail(shown(value))
+        if isinstance(value, Sequence):
             return [plain(row) for row in value]
         if isinstance(value, Number) and (isinstance(value, bool) or not isinstance(value, Integral)):
             fail(shown(value))
         return value
 
     if not isinstance(codes, Tensor):
-        numbers = plain(codes)
+        try:
+            numbers = plain(codes)
+        except RecursionError:
+            fail("a list that holds itself")
         try:
             return torch.tensor(numbers, dtype=torch.int64, device=device)
         except (TypeError, ValueError, RuntimeError) as error:  # the last for numbers beyond 64 bits
             raise ValueError(f"{name} must be a rectangular array of integers: {error}.") from error
-    if codes.is_meta or (
-        codes.numel() and (codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool)
-    ):
+    if kind := odd_kind(codes):
+        fail(f"a {kind} tensor")
+    if codes.numel() and (codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool):
         fail(f"a tensor of {codes.dtype}")
-    return codes.to(device, torch.int64)
+    codes = codes.to(device, torch.int64)
+    return codes.clone() if codes.is_inference() else codes  # which autograd would not take
 
 
 def check_codes(codes: Tensor, name: str, num_tokens: int, codebook_size: int) -> Tensor:
@@ -109,10 +122,32 @@ def check_codes(codes: Tensor, name: str, num_tokens: int, codebook_size: int) -
     """
     if not isinstance(codes, Tensor):
         raise ValueError(f"{name} must be a tensor, got {shown(codes)}.")
+    codes = as_codes(codes, name, codebook_size, codes.device)
     if codes.ndim != 2 or not 1 <= codes.shape[1] <= num_tokens:
         raise ValueError(f"{name} must have shape (B, n) with n in 1..{num_tokens}, got {tuple(codes.shape)}.")
-    codes = as_codes(codes, name, codebook_size, codes.device)
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < codebook_size:
         found = f"{int(codes.min())} to {int(codes.max())}"
         raise ValueError(f"{name} must be integers between 0 and {codebook_size - 1}, got {found}.")
     return codes
+
+
+def check_lengths(lengths: Any, limit: int) -> list[int]:
+    """Prefix lengths in 1..limit from a list of integers."""
+    if not isinstance(lengths, Sequence) or isinstance(lengths, str | bytes) or not lengths:
+        raise ValueError("num_tokens must be an integer, a tensor of one length an image, or a list of lengths.")
+    return [integer(k, "num_tokens", 1, limit) for k in lengths]
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+def check_pixels(images: Any, shape: tuple[int, ...]) -> None:
+    """Raises a ValueError if images are no floating-point tensor (B, *shape)."""
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images must be a tensor, got {shown(images)}.")
+    if kind := odd_kind(images):
+        raise ValueError(f"images must be an ordinary tensor, got a {kind} one.")
+    if images.ndim != 1 + len(shape) or tuple(images.shape[1:]) != shape:
+        raise ValueError(f"images must have shape (B, {', '.join(map(str, shape))}), got {tuple(images.shape)}.")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating-point, in [-1, 1], got {images.dtype}.")

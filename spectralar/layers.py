@@ -233,9 +233,10 @@ class AdaLNBlock(nn.Module):
         if cache is not None:
             cache.write(layer, 0, k, v)
         mixed = attend(q, k, v, is_causal=True)
-        x = torch.addcmul(x, gate1, self.dropout(self.attn.out(mixed)))
+        dropout = self.dropout if cache is None else nn.Identity()  # sampling drops nothing, also while in training
+        x = torch.addcmul(x, gate1, dropout(self.attn.out(mixed)))
         hidden = self.mlp(torch.addcmul(shift2, self.norm2(x), scale2))
-        return torch.addcmul(x, gate2, self.dropout(hidden))
+        return torch.addcmul(x, gate2, dropout(hidden))
 
     def step_parameters(self, rows: int, dtype: torch.dtype | None = None) -> StepParameters:
         """The parameters as `adaln_step` takes them, for so many sequences at once, in the type to compute in."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing
 from pathlib import Path
-from threading import RLock
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 from .checks import as_codes, integer, one_of
 from .inference.batch import Request
 from .inference.cuda_graphs import token_generator
+from .inference.offloading import Offloading
 from .inference.streaming import FrameStream
-from .interface.arguments import GenerationArguments, check_components, prepare, returned_latents
+from .interface.arguments import GenerationArguments, check_components, check_usable, prepare, returned_latents
 from .interface.files import OptionalComponents, download, holds_safetensors, write_loader
 from .interface.image import ImageInput, to_model_input
 from .interface.labels import ClassLabels, LabelNames
@@ -28,11 +28,8 @@ from .sampling import check_guidance_scale
 from .tokenizer import SpectralTokenizer
 from .transformer import SpectralARTransformer
 
-# Of all pipelines, as they may share components.
-_OFFLOADING = RLock()
 
-
-class SpectralARPipeline(RunAttributes, DiffusionPipeline):
+class SpectralARPipeline(RunAttributes, Offloading, DiffusionPipeline):
     r"""
     Class-conditional image generation by spectral tokens, coarse to fine (SpectralAR, arXiv 2506.10962).
 
@@ -73,9 +70,7 @@ class SpectralARPipeline(RunAttributes, DiffusionPipeline):
     @property
     def _names(self) -> LabelNames:
         check_components(self.tokenizer, self.transformer)  # they may have been set since
-        number = self._num_classes()
-        if number not in (None, self._label_names.num_classes):  # another transformer
-            self._label_names = LabelNames(self._label_names.id2label, number)
+        self._label_names = self._label_names.for_classes(self._num_classes())
         return self._label_names
 
     @property
@@ -166,7 +161,7 @@ class SpectralARPipeline(RunAttributes, DiffusionPipeline):
         try:
             for codes, _ in self._generate(run):  # noqa: B007
                 pass
-            images = codes if output_type == "latent" else to_output(self._decode(codes), output_type)
+            images = codes if output_type == "latent" else to_output(self._decode(run.tokenizer, codes), output_type)
         finally:
             self.maybe_free_model_hooks()
         if not return_dict:
@@ -236,10 +231,12 @@ class SpectralARPipeline(RunAttributes, DiffusionPipeline):
     def _stream(self, run: GenerationArguments, every: int) -> Iterator[SpectralARStep]:
         kind, state = run.output_type, run.state
         if kind != "latent":
-            frames = FrameStream(self.tokenizer, run.codes.shape[0], every, on_host=kind != "pt")
+            frames = FrameStream(run.tokenizer, run.codes.shape[0], every, on_host=kind != "pt")
 
-        def steps(ready: Iterator[tuple[Tensor, Tensor]]) -> Generator[SpectralARStep, None, bool]:
+        def steps(made: Iterator[tuple[Tensor, Tensor]]) -> Generator[SpectralARStep, None, bool]:
             """The events; returns whether one was answered with an interruption, after which there are no more."""
+            with self._on_device(run.tokenizer):
+                ready = list(made)  # only now are they decoded
             for codes, images in ready:
                 interrupted_before = state.interrupt
                 self._runs.enter(state)
@@ -264,11 +261,9 @@ class SpectralARPipeline(RunAttributes, DiffusionPipeline):
                         self._runs.enter(state)
                         yield SpectralARStep(index, codes, codes)
                         continue
-                    with self._on_device(self.tokenizer):
-                        ready = list(frames.add(codes))
-                    if (yield from steps(ready)):
+                    if (yield from steps(frames.add(codes))):
                         return
-                if kind != "latent":
+                if kind != "latent" and not frames.finished:
                     yield from steps(frames.finish())
         finally:
             self.maybe_free_model_hooks()
@@ -281,14 +276,14 @@ class SpectralARPipeline(RunAttributes, DiffusionPipeline):
                 yield run.codes[:, :start].clone(), 0
             with self._offloading():
                 generator = token_generator(
-                    self.transformer, run.class_labels, run.codes, run.uniforms,
-                    codebook_sizes=self.tokenizer and self.tokenizer.quantizer.codebook_sizes, **run.sampling,
+                    run.transformer, run.class_labels, run.codes, run.uniforms,
+                    codebook_sizes=run.tokenizer and run.tokenizer.quantizer.codebook_sizes, **run.sampling,
                 )  # fmt: skip
             with closing(generator), self.progress_bar(total=total - start) as bar:
                 for index in range(start, total):
                     if state.interrupt and index > 0:  # an image takes one token at least
                         break
-                    with self._on_device(self.transformer):
+                    with self._on_device(run.transformer):
                         generator.sample(index, check_guidance_scale(state.guidance_scale))  # a callback may set it
                     if index + 1 == total or run.codes.is_cpu:  # elsewhere it would wait for the device each time
                         generator.check()
@@ -306,7 +301,7 @@ class SpectralARPipeline(RunAttributes, DiffusionPipeline):
         given = {name: codes.clone() for name in run.callback_tensor_inputs}
         with self._runs.calling_back(run.state):
             returned = run.callback(self, index - run.prefix_length, index, given)
-        latents = returned_latents(returned, codes, self.transformer.config.codebook_size)
+        latents = returned_latents(returned, codes, run.transformer.config.codebook_size)
         changed = (latents != codes).any(dim=0).nonzero()
         codes.copy_(latents)
         return min(index, int(changed[0])) if len(changed) else index
@@ -324,11 +319,11 @@ class SpectralARPipeline(RunAttributes, DiffusionPipeline):
         Raises:
             ValueError: if an image cannot be read, or its shape, type or range is none of these.
         """
-        config = self._tokenizer_for("encodes no images").config
-        pixels = to_model_input(images, config.image_size, config.in_channels)  # (B, C, H, H)
+        tokenizer = self._tokenizer_for("encodes no images")
+        pixels = to_model_input(images, tokenizer.config.image_size, tokenizer.config.in_channels)  # (B, C, H, H)
         try:
-            with self._on_device(self.tokenizer):
-                return self.tokenizer.encode(pixels.to(self._execution_device))
+            with self._on_device(tokenizer):
+                return tokenizer.encode(pixels.to(self._execution_device))
         finally:
             self.maybe_free_model_hooks()
 
@@ -355,47 +350,21 @@ class SpectralARPipeline(RunAttributes, DiffusionPipeline):
         try:
             tokenizer, device = self._tokenizer_for("decodes no codes"), self._execution_device
             codes = as_codes(codes, "codes", tokenizer.config.codebook_size, device)
-            return to_output(self._decode(codes, num_tokens), output_type)
+            return to_output(self._decode(tokenizer, codes, num_tokens), output_type)
         finally:
             self.maybe_free_model_hooks()
 
     def _tokenizer_for(self, purpose: str) -> SpectralTokenizer:
         if self.tokenizer is None:
             raise ValueError(f"this pipeline has no tokenizer: it generates codes and {purpose}.")
+        check_usable("tokenizer", tokenizer=self.tokenizer, transformer=self.transformer)
         return self.tokenizer
 
-    def _decode(self, codes: Tensor, num_tokens: int | Tensor | Sequence[int] | None = None) -> Tensor:
-        with self._on_device(self.tokenizer):
-            return self.tokenizer.decode(codes, num_tokens)
-
-    # ------------------------------------------------------------------------------------------------ offloading
-
-    def _offloading(self) -> AbstractContextManager:
-        """Around all that moves or casts components to and fro, or needs them as they are: one run at a time."""
-        casts = any(getattr(model, "casts_weights", False) for model in (self.tokenizer, self.transformer))
-        return _OFFLOADING if casts or hasattr(self, "_offload_device") else nullcontext()
-
-    @contextmanager
-    def _on_device(self, module: torch.nn.Module) -> Iterator[None]:
-        """A component on its device, under model offloading, whose hooks know of `forward` only."""
-        with self._offloading():
-            if hasattr(module, "_hf_hook"):
-                module._hf_hook.pre_forward(module)
-            yield
-
-    @property
-    def _execution_device(self) -> torch.device:
-        with self._offloading():  # where another run ends, hooks are off for a moment
-            return super()._execution_device
-
-    def maybe_free_model_hooks(self) -> None:
-        """As in the library: to be called at the end of a run."""
-        with self._offloading():
-            super().maybe_free_model_hooks()
-
-    def enable_sequential_cpu_offload(self, *args, **kwargs) -> None:
-        """Not supported: it hooks the `forward` of every submodule, and ours run without."""
-        raise NotImplementedError("sequential offload is not supported: use enable_model_cpu_offload().")
+    def _decode(
+        self, tokenizer: SpectralTokenizer, codes: Tensor, num_tokens: int | Tensor | Sequence[int] | None = None
+    ) -> Tensor:
+        with self._on_device(tokenizer):
+            return tokenizer.decode(codes, num_tokens)
 
     # ------------------------------------------------------------------------------------------------ files
 
@@ -423,8 +392,8 @@ class SpectralARPipeline(RunAttributes, DiffusionPipeline):
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)  # or it would be the default of whoever loads
         folder = pretrained_model_name_or_path
-        if not os.path.isdir(folder):
-            folder = download(str(folder), kwargs)
+        if not (isinstance(folder, str | os.PathLike) and os.path.isdir(folder)):
+            folder = download(folder, kwargs)
         if holds_safetensors(folder):
             kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(folder, **kwargs)

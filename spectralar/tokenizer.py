@@ -14,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from .checks import check_codes, integer, scalar, shown
+from .checks import check_codes, check_lengths, check_pixels, integer, odd_kind, scalar
 from .layers import Block, KVCache, LayerwiseCasting, attend, init_weights
 from .quantizer import FiniteScalarQuantizer, QuantizerOutput, VectorQuantizer, nested_codebook_sizes
 from .shortcut import RunningSpectrum, SpectralShortcut
@@ -216,17 +216,10 @@ class SpectralTokenizer(LayerwiseCasting, ModelMixin, ConfigMixin):
             ValueError: if the images have another shape than the model's, are not floats or not finite, or n is not in
             1..N.
         """
-        expected = (self.config.in_channels, self.config.image_size, self.config.image_size)
-        if not isinstance(images, Tensor):
-            raise ValueError(f"images must be a tensor, got {shown(images)}.")
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(
-                f"images must have shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}."
-            )
-        if not images.is_floating_point():
-            raise ValueError(f"images must be floating-point, in [-1, 1], got {images.dtype}.")
+        check_pixels(images, (self.config.in_channels, self.config.image_size, self.config.image_size))
         latents = self.latents(images, num_tokens)
-        if not bool(latents.isfinite().all()):  # the nearest entry to NaN would be the first
+        # The nearest entry to NaN would be the first, and one that is NaN the nearest to all.
+        if not bool(latents.isfinite().all() & self.quantizer.codebook.isfinite().all()):
             raise ValueError("images must be finite, and the encoder's weights too: there is NaN or infinity in them.")
         return self.quantizer.encode(latents)
 
@@ -253,12 +246,12 @@ class SpectralTokenizer(LayerwiseCasting, ModelMixin, ConfigMixin):
             k = self._prefix_length(available if num_tokens is None else num_tokens, available)
             return self._decode_prefixes(self.quantizer.lookup(codes[:, :k]), [k])[:, 0]
         if isinstance(num_tokens, Tensor):
-            if num_tokens.shape != (codes.shape[0],) or not len(codes):
+            if odd_kind(num_tokens) or num_tokens.shape != (codes.shape[0],) or not len(codes):
                 raise ValueError(f"num_tokens as a tensor must have shape ({codes.shape[0]},), one length an image.")
-            largest = max(self._check_lengths(num_tokens.tolist(), available))
-            lengths = num_tokens.to(codes.device).unsqueeze(1)  # (B, 1)
+            largest = max(check_lengths(num_tokens.tolist(), available))
+            lengths = num_tokens.to(codes.device, torch.int64).unsqueeze(1)  # (B, 1)
             return self.decode_latents(self.quantizer.lookup(codes[:, :largest]), lengths)[:, 0]
-        lengths = self._check_lengths(num_tokens, available)
+        lengths = check_lengths(num_tokens, available)
         return self._decode_prefixes(self.quantizer.lookup(codes[:, : max(lengths)]), lengths)
 
     def _decode_prefixes(
@@ -400,11 +393,6 @@ class SpectralTokenizer(LayerwiseCasting, ModelMixin, ConfigMixin):
     def _prefix_length(self, k: int | None, available: int | None = None) -> int:
         limit = available or self.config.num_tokens
         return limit if k is None else integer(k, "num_tokens", 1, limit)
-
-    def _check_lengths(self, lengths: Sequence[int], available: int) -> list[int]:
-        if not isinstance(lengths, Sequence) or isinstance(lengths, str | bytes) or not lengths:
-            raise ValueError("num_tokens must be an integer, a tensor of one length an image, or a list of lengths.")
-        return [self._prefix_length(k, available) for k in lengths]
 
     def _check_codes(self, codes: Tensor, name: str = "codes") -> Tensor:
         return check_codes(codes, name, self.config.num_tokens, self.config.codebook_size)

@@ -168,7 +168,7 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
         if class_labels.shape != codes.shape[:1]:
             raise ValueError(f"class_labels must have shape ({codes.shape[0]},), got {tuple(class_labels.shape)}.")
         conditioning = self.condition(class_labels)
-        x = self._run(self._embed(codes, 0, conditioning), conditioning)
+        x = self._run(self.embed_dropout(self._embed(codes, 0, conditioning)), conditioning)
         return self._logits(x, conditioning)
 
     # ------------------------------------------------------------------------------------------------ inference
@@ -250,7 +250,7 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
             embedded = self.token_embed(tokens)
             parts.append(embedded if self.entry_maps is None else embedded + self.entry_maps.embed(tokens))
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        return self.embed_dropout(x + self.position[position : position + x.shape[1]])
+        return x + self.position[position : position + x.shape[1]]
 
     def _run(self, x: Tensor, conditioning: Conditioning, cache: KVCache | None = None) -> Tensor:
         for layer, block in enumerate(self.blocks):

@@ -1,7 +1,9 @@
 """Files of a pipeline: what is saved, and every way to load it again."""
 
+import copy
 import json
 import logging
+import pickle
 import sys
 import tomllib
 from pathlib import Path
@@ -169,6 +171,29 @@ def test_dtypes_of_components(folder):
     assert loaded.tokenizer.dtype == torch.bfloat16 and loaded.transformer.dtype == torch.float16
 
 
+def test_a_device_map(pipe, folder):
+    for device_map in ("cpu", "balanced"):
+        assert_same(SpectralARPipeline.from_pretrained(folder, device_map=device_map), pipe)
+
+
+def test_shards(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert "transformer/diffusion_pytorch_model.safetensors.index.json" in files(tmp_path)
+    assert_same(SpectralARPipeline.from_pretrained(tmp_path), pipe)
+    assert_same(DiffusionPipeline.from_pretrained(tmp_path, **GENERIC), pipe)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_copies_have_a_state_of_their_own(pipe, copied):
+    stream = pipe.stream(1, output_type="latent")
+    next(stream)
+    other = copied(pipe)  # while a run goes on
+    assert_same(other, pipe)
+    other._interrupt = True
+    assert not pipe.interrupt and len(list(stream)) == pipe.num_timesteps - 1
+    assert_same(SpectralARPipeline.from_pipe(other), pipe)
+
+
 def test_a_loader_of_the_users_own_stays(pipe, folder, caplog):
     own = "class Mine: ...\n"
     (folder / "pipeline.py").write_text(own)
@@ -177,6 +202,11 @@ def test_a_loader_of_the_users_own_stays(pipe, folder, caplog):
     assert "pipeline.py is not ours and stays as it is" in caplog.text
     caplog.clear()
     (folder / "pipeline.py").unlink()
+    (folder / "pipeline.py").mkdir()
+    pipe.save_pretrained(folder)
+    assert "pipeline.py is not ours and stays as it is" in caplog.text
+    caplog.clear()
+    (folder / "pipeline.py").rmdir()
     for _ in range(2):
         pipe.save_pretrained(folder)
     assert "SpectralARPipeline" in (folder / "pipeline.py").read_text() and not caplog.text
@@ -265,7 +295,7 @@ def test_pickles_of_the_hub_are_asked_for_by_name(hub, folder, pipe):
     assert [arguments["allow_patterns"] for _, arguments in hub] == [["*.json", "*.bin"], ["*.json", "*.safetensors"]]
 
 
-@pytest.mark.parametrize("name", ["no/such/folder", "/no/such/folder", "../x", "a b", ""])
+@pytest.mark.parametrize("name", ["no/such/folder", "/no/such/folder", "../x", "a b", "", None, 5, b"x", Path("/no")])
 def test_neither_folder_nor_hub_id(hub, name):
     with pytest.raises(ValueError, match="neither a folder nor a Hub id such as 'owner/name'"):
         SpectralARPipeline.from_pretrained(name)

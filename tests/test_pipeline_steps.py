@@ -10,7 +10,7 @@ from diffusers.callbacks import PipelineCallback
 from spectralar import SpectralARPipeline
 from spectralar.inference import streaming
 from spectralar.inference.frames import PrefixDecoder
-from tests.helpers import record_steps, seed, sharing_weights, tiny_pipeline
+from tests.helpers import record_steps, seed, sharing_weights, tiny_pipeline, tiny_tokenizer, tiny_transformer
 
 N = 12  # tokens of the tiny models, 16x16 images, 4 classes
 WAIT = 8  # tokens that a frame may wait for: fewer than N, so that streams come in several groups
@@ -112,7 +112,7 @@ def test_the_model_goes_on_from_what_a_callback_returns(pipe, token):
         (torch.tensor([[32]]), "between 0 and 31"),
         (torch.tensor([[0.5]]), "between 0 and 31"),
         (None, "latents of callback_on_step_end must be a rectangular array"),
-        ("codes", "latents of callback_on_step_end must be a rectangular array"),
+        ("codes", "latents of callback_on_step_end must be integers between 0 and 31, got 'codes'"),
     ],
 )
 def test_bad_latents_are_told(pipe, latents, message):
@@ -138,6 +138,26 @@ def test_a_stream_begun_in_inference_mode_goes_on_outside(pipe):
         next(stream)
     *_, last = stream
     assert torch.equal(last.codes, expected.codes) and not last.codes.is_inference()
+
+
+def test_a_run_keeps_the_models_that_it_began_with(shared):
+    expected = shared(1, generator=seed(), output_type="pt")
+    pipe = sharing_weights(shared)
+
+    def unload(pipe, step, index, kwargs):
+        pipe.transformer, pipe.tokenizer = None, None
+        return kwargs
+
+    out = pipe(1, generator=seed(), output_type="pt", callback_on_step_end=unload)
+    assert torch.equal(out.codes, expected.codes) and torch.equal(out.images, expected.images)
+    with pytest.raises(ValueError, match="no transformer"):
+        pipe(1)
+    pipe = sharing_weights(shared)
+    stream = pipe.stream(1, generator=seed(), output_type="pt")
+    next(stream)
+    pipe.transformer, pipe.tokenizer = tiny_transformer(codebook_size=16), tiny_tokenizer(codebook_size=16)
+    *_, last = stream
+    assert torch.equal(last.codes, expected.codes) and torch.allclose(last.images, expected.images, atol=1e-10)
 
 
 def test_guidance_scale_is_read_in_every_step(pipe, steps):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..checks import check_lengths
 from ..layers import KVCache
 from ..shortcut import RunningSpectrum
 from ..tokenizer import LayerKV, SpectralTokenizer
@@ -62,7 +63,7 @@ class PrefixDecoder:
         """
         if not self.length:
             raise ValueError("append at least one code before asking for a frame.")
-        lengths = self.tokenizer._check_lengths(lengths, self.length)
+        lengths = check_lengths(lengths, self.length)
         return self.tokenizer._decode_prefixes(self._quantized, lengths, self._kv, self._running)
 
     def spectra(self, lengths: Sequence[int]) -> Tensor:

@@ -65,6 +65,10 @@ class TokenGenerator:
     @torch.inference_mode()  # a tenth faster than no_grad; nothing that is made in here is handed out
     def sample(self, index: int, guidance_scale: float) -> None:
         """Samples token `index`, the first after those that are there; the scale may differ from token to token."""
+        with torch.autocast(self.codes.device.type, enabled=False):  # in the weights' type, whoever is around it
+            self._sample(index, guidance_scale)
+
+    def _sample(self, index: int, guidance_scale: float) -> None:
         guided = guidance_scale != 1
         w = guidance_at(index, self.transformer.config.num_tokens, guidance_scale, self.guidance_schedule)
         if w != self._scales_set[index]:

@@ -68,6 +68,11 @@ class FrameStream:
         self._largest_group = largest_group(tokenizer, batch_size, every)
         self._group = 1
 
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left of what was added."""
+        return not self._waiting and self._copied is None
+
     def add(self, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Takes codes (B, t), longer than the last; yields codes and images (B, C, H, H) in [0, 1] that are ready."""
         self.length = codes.shape[1]

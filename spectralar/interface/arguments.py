@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import as_codes, check_codes, integer, one_of, shown
 from ..sampling import check_sampling_arguments, draw_uniforms
@@ -21,8 +21,10 @@ from .run_state import RunState
 
 @dataclass
 class GenerationArguments:
-    """The arguments of one generation, checked and on the device."""
+    """The arguments of one generation, checked and on the device, and the models that it began with."""
 
+    tokenizer: SpectralTokenizer | None
+    transformer: SpectralARTransformer
     class_labels: Tensor  # (B,) int64
     codes: Tensor  # (B, n) int64, filled from the left; starts with the given prefix
     prefix_length: int
@@ -50,6 +52,7 @@ def prepare(
     output_type = one_of(output_type, "output_type", OUTPUT_TYPES)
     if tokenizer is None and output_type != "latent":
         raise ValueError(f"this pipeline has no tokenizer, so output_type can only be 'latent', got {output_type!r}.")
+    check_usable("tokenizer", "transformer", tokenizer=tokenizer, transformer=transformer)
     limit, codebook_size = transformer.config.num_tokens, transformer.config.codebook_size
     num_tokens = limit if num_tokens is None else integer(num_tokens, "num_tokens", 1, limit)
     per_label = integer(num_images_per_prompt, "num_images_per_prompt", 1)
@@ -70,8 +73,9 @@ def prepare(
     uniforms = draw_uniforms(len(labels), limit, generator, device)
     state = RunState(sampling.pop("guidance_scale"), num_tokens - prefix_length)
     return GenerationArguments(
-        labels, codes, prefix_length, uniforms, state, sampling, output_type, callback, tensor_inputs
-    )
+        tokenizer, transformer, labels, codes, prefix_length, uniforms, state, sampling, output_type, callback,
+        tensor_inputs,
+    )  # fmt: skip
 
 
 def _check_callback(callback: Any, tensor_inputs: Any, may_have: Sequence[str]) -> list[str]:
@@ -126,12 +130,35 @@ def returned_latents(returned: Any, codes: Tensor, codebook_size: int) -> Tensor
     return check_codes(latents, "latents of callback_on_step_end", codes.shape[1], codebook_size)
 
 
+# What a component is known by, also wrapped, as by torch.compile.
+_KINDS = {"tokenizer": ("SpectralTokenizer", "quantizer"), "transformer": ("SpectralARTransformer", "null_label")}
+
+
+def _check_kinds(**components: Any) -> None:
+    for name, model in components.items():
+        kind, part = _KINDS[name]
+        if model is not None and not (isinstance(model, nn.Module) and hasattr(model, part)):
+            raise ValueError(f"the {name} must be a {kind}, got {type(model).__name__}.")
+
+
+def check_usable(*names: str, **components: Any) -> None:
+    """Raises a ValueError if those named cannot be computed with, as they are and where they are."""
+    _check_kinds(**components)
+    for name, model in ((name, components[name]) for name in names):
+        if model is None:
+            continue
+        if model.device.type == "meta" and not hasattr(model, "_hf_hook"):
+            raise ValueError(f"the {name} is on the meta device, where it has no weights.")
+        if model.dtype.itemsize == 1:
+            raise ValueError(
+                f"the {name} is in {model.dtype}, in which nothing can be computed: `enable_layerwise_casting` stores "
+                "weights in it."
+            )
+
+
 def check_components(tokenizer: Any, transformer: Any) -> None:
     """Raises a ValueError if these are not a tokenizer and a transformer that fit each other; either may be None."""
-    for name, model, part in (("tokenizer", tokenizer, "quantizer"), ("transformer", transformer, "null_label")):
-        if model is not None and not hasattr(model, part):  # also wrapped, as by torch.compile
-            expected = f"Spectral{'Tokenizer' if name == 'tokenizer' else 'ARTransformer'}"
-            raise ValueError(f"the {name} must be a {expected}, got {type(model).__name__}.")
+    _check_kinds(tokenizer=tokenizer, transformer=transformer)
     if tokenizer is not None and transformer is not None:
         for name in ("codebook_size", "num_tokens"):
             ours, theirs = tokenizer.config[name], transformer.config[name]

@@ -10,6 +10,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..checks import shown
+
 logger = logging.getLogger(__name__)
 
 # Saved beside the weights, so that `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline",
@@ -43,13 +45,13 @@ def write_loader(folder: Path) -> None:
     """Writes the file that the generic loader imports; one of the user's own stays, and a line says so."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOADER_FILE
-    if path.exists() and path.read_bytes() not in (b"", LOADER.encode()):
+    if path.exists() and not (path.is_file() and path.read_bytes() in (b"", LOADER.encode())):
         logger.warning("%s is not ours and stays as it is: the generic loader imports that.", path)
         return
     path.write_text(LOADER)
 
 
-def download(repo_id: str, kwargs: dict[str, Any]) -> str:
+def download(repo_id: Any, kwargs: dict[str, Any]) -> str:
     """The local folder of a Hub repository's files; takes the arguments of the download out of `kwargs`.
 
     Pickles are downloaded only where `use_safetensors=False` asks for them.
@@ -57,10 +59,11 @@ def download(repo_id: str, kwargs: dict[str, Any]) -> str:
     Raises:
         ValueError: if it is no Hub id.
     """
+    repo_id = str(repo_id) if isinstance(repo_id, os.PathLike) else repo_id
     try:
-        validate_repo_id(repo_id)
+        validate_repo_id(repo_id if isinstance(repo_id, str) else "")
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is neither a folder nor a Hub id such as 'owner/name'.") from error
+        raise ValueError(f"{shown(repo_id)} is neither a folder nor a Hub id such as 'owner/name'.") from error
     arguments = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     ending = "bin" if kwargs.get("use_safetensors") is False else "safetensors"
     # Weights of other variants have their name between two dots: diffusion_pytorch_model.fp16.safetensors.

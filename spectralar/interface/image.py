@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..checks import odd_kind
+
 # What `to_model_input` takes.
 ImageInput = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]
 
@@ -104,6 +106,8 @@ def _channels_first(images: np.ndarray | Tensor) -> Tensor:
     """Either layout as (B, C, H, W), the same numbers: float, uint8 or uint16."""
     if isinstance(images, np.ma.MaskedArray):
         raise ValueError("images must not be masked arrays: fill what is masked, as with `images.filled(0)`.")
+    if isinstance(images, Tensor) and (kind := odd_kind(images)):
+        raise ValueError(f"torch images must be ordinary tensors, got a {kind} one.")
     dtype = str(images.dtype).removeprefix("torch.")
     if dtype not in ("uint8", "uint16") and "float" not in dtype:
         raise ValueError(f"pixels must be uint8 in 0..255, uint16 in 0..65535 or floats in [0, 1], got {dtype}.")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..checks import integer, shown
+from ..checks import integer, odd_kind, shown
 
 ClassLabels = int | str | Tensor | np.ndarray | Sequence["ClassLabels"]
 
@@ -68,6 +68,10 @@ class LabelNames:
             self._ids.setdefault(name.casefold(), set()).add(i)
         self.unique = dict(sorted((name, i) for name, i in pairs if len(self._ids[name.casefold()]) == 1))
 
+    def for_classes(self, num_classes: int | None) -> LabelNames:
+        """The names for a model of so many classes: these, with what was changed in them, if there are as many."""
+        return self if num_classes in (None, self.num_classes) else LabelNames(self.id2label, num_classes)
+
     def _told_apart(self, i: int, *names: str) -> str:
         """The first of the names that no other class has; where all are shared or empty, one with the id behind it."""
         names = list(filter(None, names)) or [str(i)]
@@ -82,12 +86,15 @@ class LabelNames:
         Raises:
             ValueError: if a label is no class, or a name is that of several; says which are close.
         """
-        if isinstance(labels, np.ma.MaskedArray) or (isinstance(labels, Tensor) and labels.is_meta):
+        if isinstance(labels, np.ma.MaskedArray) or (isinstance(labels, Tensor) and odd_kind(labels)):
             raise ValueError(f"class labels must be class ids or names, got {shown(labels)}.")
         if isinstance(labels, Tensor | np.ndarray):
             labels = labels.tolist()
         if isinstance(labels, Sequence) and not isinstance(labels, str | bytes | bytearray):
-            return [i for label in labels for i in self.ids(label)]
+            try:
+                return [i for label in labels for i in self.ids(label)]
+            except RecursionError:
+                raise ValueError("class labels must not be in a list that holds itself.") from None
         if isinstance(labels, str):
             return [self._id_of(labels.strip())]
         if isinstance(labels, Integral) and not isinstance(labels, bool):
@@ -102,7 +109,7 @@ class LabelNames:
         return i
 
     def _id_of(self, name: str) -> int:
-        folded = {known.casefold(): known for known in self.unique} if name not in self.unique else {}
+        folded = {str(known).casefold(): known for known in self.unique} if name not in self.unique else {}
         known = self.unique.get(folded.get(name.casefold(), name))
         if known is not None:
             return self._checked(integer(known, f"the id of {name!r} in `labels`", 0))
