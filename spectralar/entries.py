@@ -11,6 +11,7 @@ from .shortcut import SpectralShortcut
 
 LOW = 12  # side of the low-pass that maps start from
 INPUT_SCALE, OUTPUT_SCALE = 0.7, 0.05  # root mean squares that they start with
+EXPECTED_SCALE = 30.0  # of the decoder's word: with it the maps start near the best multiple of 1
 
 
 class EntryMaps(nn.Module):
@@ -26,14 +27,23 @@ class EntryMaps(nn.Module):
     token adds to the picture: I_t e_j is that, and O_t h is h as token t would see it, both in one random projection
     of the low frequencies. Not in the paper.
 
+    With `feedback` there is a third map, from the latent that the tokenizer's decoder expects of token t (see
+    `inference.feedback`) to entries: 30 e_j . A_t u_t is added to the logit of code j, A_t = 1 at the start.
+
     Args:
         codebook_size, codebook_dim: K and d.
         num_tokens: N.
         hidden_size: D.
+        feedback: whether the decoder is listened to.
     """
 
-    def __init__(self, codebook_size: int, codebook_dim: int, num_tokens: int, hidden_size: int) -> None:
+    def __init__(
+        self, codebook_size: int, codebook_dim: int, num_tokens: int, hidden_size: int, feedback: bool = False
+    ) -> None:
         super().__init__()
+        self.expected = None
+        if feedback:
+            self.expected = nn.Parameter(torch.empty(num_tokens, codebook_dim, codebook_dim))  # A_t
         self.register_buffer("entries", torch.zeros(codebook_size, codebook_dim))  # unit vectors
         self.inputs = nn.Parameter(torch.empty(num_tokens, codebook_dim, hidden_size))  # I_t
         self.outputs = nn.Parameter(torch.empty(num_tokens, codebook_dim, hidden_size))  # O_t
@@ -42,6 +52,9 @@ class EntryMaps(nn.Module):
         """Without a tokenizer: random maps, and entries that are all zero."""
         nn.init.normal_(self.inputs, std=INPUT_SCALE)
         nn.init.normal_(self.outputs, std=OUTPUT_SCALE)
+        if self.expected is not None:
+            identity = torch.eye(self.expected.shape[1], dtype=self.expected.dtype, device=self.expected.device)
+            self.expected.copy_(identity.expand_as(self.expected))
 
     @torch.no_grad()
     def adopt(self, codebook: Tensor, shortcut: SpectralShortcut | None) -> None:
@@ -67,10 +80,20 @@ class EntryMaps(nn.Module):
         """Inputs of the first T tokens of sequences (B, T): (B, T, D)."""
         return torch.einsum("btd,tde->bte", self.entries[tokens], self.inputs[: tokens.shape[1]])
 
-    def logits(self, hidden: Tensor, first: int = 0) -> Tensor:
-        """Of outputs (B, T, D) for the tokens from `first` on: (B, T, K)."""
-        maps = self.outputs[first : first + hidden.shape[1]]
-        return torch.einsum("bte,tde->btd", hidden, maps) @ self.entries.T
+    def logits(self, hidden: Tensor, positions: slice | Tensor) -> Tensor:
+        """Of outputs (B, T, D) for the tokens at T `positions`: (B, T, K)."""
+        return torch.einsum("bte,tde->btd", hidden, self.outputs[positions]) @ self.entries.T
+
+    def expected_logits(self, expected: Tensor, positions: slice | Tensor) -> Tensor:
+        """What the decoder's expectation (B, T, d) adds to the logits of the tokens at T `positions`: (B, T, K)."""
+        maps = self.expected[positions]  # (T, d, d)
+        return EXPECTED_SCALE * torch.einsum("bte,tde->btd", expected.to(maps.dtype), maps) @ self.entries.T
+
+    def expected_logits_at(self, expected: Tensor, position: int | Tensor) -> Tensor:
+        """The same (B, K) of one token a sequence, (B, d), at a position for all or at one each (B,)."""
+        maps = self.expected[position].expand(len(expected), -1, -1)  # (B, d, d)
+        seen = torch.bmm(maps, expected.to(maps.dtype).unsqueeze(2))[:, :, 0]  # (B, d)
+        return EXPECTED_SCALE * F.linear(seen, self.entries)
 
     # For one token a sequence, each at its own position (B,). One small product a sequence, whoever is beside it.
 

@@ -224,14 +224,16 @@ class SpectralARPipeline(RunAttributes, Offloading, DiffusionPipeline):
             class_labels, *(defaults | arguments).values(), "latent", None, (),
         )  # fmt: skip
         scale = run.state.guidance_scale
-        return Request(run.class_labels, run.codes, run.uniforms, run.prefix_length, scale, **run.sampling)
+        return Request(
+            run.class_labels, run.codes, run.uniforms, run.prefix_length, scale, **run.sampling, feedback=run.feedback
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _stream(self, run: GenerationArguments, every: int) -> Iterator[SpectralARStep]:
         kind, state = run.output_type, run.state
         if kind != "latent":
-            frames = FrameStream(run.tokenizer, run.codes.shape[0], every, on_host=kind != "pt")
+            frames = FrameStream(run.tokenizer, run.codes.shape[0], every, kind != "pt", run.feedback)
 
         def steps(made: Iterator[tuple[Tensor, Tensor]]) -> Generator[SpectralARStep, None, bool]:
             """The events; returns whether one was answered with an interruption, after which there are no more."""
@@ -277,7 +279,8 @@ class SpectralARPipeline(RunAttributes, Offloading, DiffusionPipeline):
             with self._offloading():
                 generator = token_generator(
                     run.transformer, run.class_labels, run.codes, run.uniforms,
-                    codebook_sizes=run.tokenizer and run.tokenizer.quantizer.codebook_sizes, **run.sampling,
+                    codebook_sizes=run.tokenizer and run.tokenizer.quantizer.codebook_sizes, feedback=run.feedback,
+                    **run.sampling,
                 )  # fmt: skip
             with closing(generator), self.progress_bar(total=total - start) as bar:
                 for index in range(start, total):

@@ -281,6 +281,14 @@ class SpectralTokenizer(LayerwiseCasting, ModelMixin, ConfigMixin):
             frames.append(self._render(seen, self._cutoff_tensor(some, device), visible, base))
         return torch.cat(frames, dim=1)
 
+    def decode_with_spectra(self, codes: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images D_k and the shortcut's spectra X_k, each (B, S, C, H, H), of S prefixes of codes (B, n)."""
+        quantized, device = self.quantizer.lookup(codes), codes.device
+        spectra = RunningSpectrum(self.shortcut).at(quantized, lengths)
+        visible = _below(torch.tensor(list(lengths), dtype=torch.int64, device=device), codes.shape[1])  # (S, n)
+        kv = self._token_kv(self._embed_latents(quantized))
+        return self._render(kv, self._cutoff_tensor(lengths, device), visible, spectra), spectra
+
     def decode_latents(self, quantized: Tensor, lengths: Tensor) -> Tensor:
         """Differentiable decode of quantized latents (B, n, d) at lengths (S,) or (B, S) -> (B, S, C, H, H)."""
         kv = self._token_kv(self._embed_latents(quantized))

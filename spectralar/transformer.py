@@ -77,6 +77,8 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
         dropout: on the input embeddings and on both residual branches of every block, in training only.
         codebook_dim: d of the tokenizer's codebook entries, which inputs and outputs then know besides the numbers
             of codes, see `entries.EntryMaps`; 0: they do not.
+        decoder_feedback: each token is also predicted from what the tokenizer's decoder has made of the tokens before
+            it, see `inference.feedback`. Needs `codebook_dim`, and a tokenizer with a spectral shortcut.
         shared_adaln: one adaLN projection for all blocks, each with a learned offset of its own (PixArt-alpha; Chen
             et al., 2023): a third fewer parameters.
     """
@@ -98,6 +100,7 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
         dropout: float = 0.0,
         shared_adaln: bool = False,
         codebook_dim: int = 0,
+        decoder_feedback: bool = False,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False  # see `enable_gradient_checkpointing`
@@ -117,7 +120,9 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
         self.head = nn.Linear(hidden_size, codebook_size)
         self.entry_maps = None
         if codebook_dim:
-            self.entry_maps = EntryMaps(codebook_size, codebook_dim, num_tokens, hidden_size)
+            self.entry_maps = EntryMaps(codebook_size, codebook_dim, num_tokens, hidden_size, decoder_feedback)
+        elif decoder_feedback:
+            raise ValueError("decoder_feedback needs codebook_dim: what the decoder expects is a codebook entry.")
         self._init_parameters()
 
     def _init_parameters(self) -> None:
@@ -149,15 +154,19 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
         final = self.final_adaln(hidden).unflatten(1, (2, -1))  # (B, 2, D)
         return Conditioning(start, blocks + self.adaln_table, final)
 
-    def forward(self, codes: Tensor, class_labels: Tensor) -> Tensor:
+    def forward(
+        self, codes: Tensor, class_labels: Tensor, expected: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """Logits for every position at once, for training and scoring.
 
         Args:
             codes: (B, t) int64 in 0..K-1 with 0 <= t <= N-1: the tokens so far (in training `codes[:, :-1]`).
             class_labels: (B,) int64 in 0..num_classes.
+            expected: with `decoder_feedback`, what the decoder expects at each of the positions, (B, S, d).
+            positions: (S,) int64 in 0..t, those whose logits are wanted. Default: all t + 1.
 
         Returns:
-            (B, t + 1, K) float32; position i holds the logits of token i given the tokens before it.
+            (B, S, K) float32; those of position i are the logits of token i given the tokens before it.
 
         Raises:
             ValueError: if the shapes do not fit.
@@ -168,8 +177,22 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
         if class_labels.shape != codes.shape[:1]:
             raise ValueError(f"class_labels must have shape ({codes.shape[0]},), got {tuple(class_labels.shape)}.")
         conditioning = self.condition(class_labels)
+        feedback = self.config.decoder_feedback
+        if (expected is not None) != feedback:
+            raise ValueError(f"decoder_feedback is {feedback}: expected must be {'given' if feedback else 'None'}.")
         x = self._run(self.embed_dropout(self._embed(codes, 0, conditioning)), conditioning)
-        return self._logits(x, conditioning)
+        at = slice(0, x.shape[1]) if positions is None else positions
+        return self._logits(x[:, at], conditioning, at, expected)
+
+    def add_expected(self, logits: Tensor, expected: Tensor, position: int | Tensor) -> Tensor:
+        """With `decoder_feedback`, what is still to be added to the logits of `step` or of guidance.
+
+        Args:
+            logits: (B, K) of the token at `position`.
+            expected: (B, d), what the decoder expects of it.
+            position: in 0..N-1, one for all or (B,) int64.
+        """
+        return logits + self.entry_maps.expected_logits_at(expected, position).to(logits.dtype)
 
     # ------------------------------------------------------------------------------------------------ inference
 
@@ -208,7 +231,7 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
         of_each = isinstance(position, Tensor)
         if not of_each and position == 0 and tokens is not None:
             x = self._run(self._embed(tokens, 0, conditioning), conditioning, cache)  # (B, 1 + T, D)
-            return self._logits(x[:, -1:], conditioning, x.shape[1] - 1)[:, 0]
+            return self._logits(x[:, -1:], conditioning, slice(x.shape[1] - 1, x.shape[1]))[:, 0]
         compiles = self._compiled_step is not None and not self.casts_weights
         if compiles and not of_each and tokens is not None and tokens.is_cpu:
             here = cache.positions[position : position + 1]
@@ -261,13 +284,17 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
                 x = block(x, modulation, cache, layer)
         return x
 
-    def _logits(self, x: Tensor, conditioning: Conditioning, first: int = 0) -> Tensor:
-        """(B, T, D), for the tokens from `first` on -> (B, T, K), never below float32."""
+    def _logits(
+        self, x: Tensor, conditioning: Conditioning, positions: slice | Tensor, expected: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, D), for the tokens at T `positions` -> (B, T, K), never below float32."""
         shift, scale = conditioning.final.unsqueeze(2).unbind(1)  # each (B, 1, D)
         hidden = torch.addcmul(shift, self.final_norm(x), scale)
         logits = self.head(hidden)
         if self.entry_maps is not None:
-            logits = logits + self.entry_maps.logits(hidden, first)
+            logits = logits + self.entry_maps.logits(hidden, positions)
+        if expected is not None:
+            logits = logits + self.entry_maps.expected_logits(expected, positions)
         return _at_least_float32(logits)
 
 

@@ -136,7 +136,7 @@ def analysis(pipe):
         spectral.data_cutoffs(variances, bits), spectral.gaussian_psnr(variances, bits, cutoffs),
         contributions.token_contributions(tokenizer.decode(codes, [1, 5, 12]).detach(), cutoffs),
         contributions.influence_matrix(tokenizer, codes, marginals, draws=2), marginals,
-        statistics.next_token_entropy(transformer, codes, labels, tokenizer.quantizer.codebook_sizes),
+        statistics.next_token_entropy(transformer, tokenizer, codes, labels, tokenizer.quantizer.codebook_sizes),
         statistics.code_use(marginals), quality.psnr(x[:1], x[1:]), quality.ssim(x[:1], x[1:]),
         codecs.dct_truncation(x[0], 900), filled.detach(), revival.idle_steps,
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from spectralar.inference.feedback import expected_latents
 from spectralar.pipeline import SpectralARPipeline
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.transformer import SpectralARTransformer
@@ -23,13 +24,13 @@ from .data.codes import StoredCodes, fingerprint, read_shards
 from .data.encoding import encode_images, load_tokenizer, wanted_shards
 from .data.images import ImageSet, augment, describe_classes, load_splits, to_float
 from .data.order import balanced_order, evenly, step_indices
-from .objectives.next_token import next_token_loss, next_token_losses
+from .objectives.next_token import drawn_positions, next_token_loss, next_token_losses
 from .runs.checkpoints import publish
 from .runs.command_line import clear_errors, parse_arguments, read
 from .runs.early_stopping import EarlyStopping
 from .runs.engine import Run, image_grid, make_ema
 
-EVAL_IMAGES = 2048
+EVAL_IMAGES, EVAL_IMAGES_WITH_FEEDBACK = 2048, 256
 SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_GUIDANCE = 10, 8, 2.0
 
 
@@ -42,6 +43,7 @@ class CodeSource:
     def __init__(self, config: Config, run: Run, tokenizer: SpectralTokenizer) -> None:
         self.config, self.run, self.tokenizer = config, run, tokenizer
         self.images: ImageSet | None = None
+        self._shown = EVAL_IMAGES_WITH_FEEDBACK if config.transformer.decoder_feedback else EVAL_IMAGES
         if config.train_transformer.codes == "stored" and not run.dry:
             folder = run.args.output / "codes"
             try:
@@ -69,9 +71,9 @@ class CodeSource:
 
     def _some_of(self, split: StoredCodes | ImageSet) -> tuple[Tensor, Tensor]:
         if isinstance(split, StoredCodes):
-            chosen = evenly(len(split.labels), EVAL_IMAGES)
+            chosen = evenly(len(split.labels), self._shown)
             return split.codes[0, chosen].long(), split.labels[chosen]
-        chosen = split.evenly(EVAL_IMAGES)
+        chosen = split.evenly(self._shown)
         return encode_images(self.tokenizer, split.images[chosen], [], 0).long(), split.labels[chosen]
 
     def batch(self, chosen: Tensor, slot: int, slots: int, step: int) -> tuple[Tensor, Tensor]:
@@ -156,19 +158,25 @@ def train(run: Run, config: Config) -> None:
     run.print(describe_classes(source.labels, source.class_names, config.data.class_balance))
 
     done = run.resume(
-        len(source), tokenizer_weights=fingerprint(tokenizer), class_names=source.class_names,
+        len(source), tokenizer_weights=fingerprint(tokenizer, config.transformer.decoder_feedback),
+        class_names=source.class_names,
         train_transformer={"early_stopping": stage.early_stopping},
     )  # fmt: skip
     ema.to(device)  # a checkpoint is loaded to the CPU
     for step in () if stopping.over else run.steps(done):
-        by_position = torch.zeros(tokenizer.config.num_tokens, device=device)
+        positions, at = None, range(tokenizer.config.num_tokens)
+        if config.transformer.decoder_feedback:
+            at = drawn_positions(len(at), run.generator(step, 2))
+            positions = torch.tensor(at, dtype=torch.int64, device=device)
+        by_position = torch.zeros(len(at), device=device)
         for part, (chosen, slot, slots) in enumerate(run.micro_batches(source, step)):
             codes, labels = source.batch(chosen, slot, slots, step)
             synchronise = part + 1 == stage.grad_accumulation
             with run.accumulation(model, synchronise):
                 with accelerator.autocast():
-                    logits = forward(codes[:, :-1], labels)
-                loss = next_token_loss(logits, codes)
+                    expected = None if positions is None else expected_latents(tokenizer, codes, at)
+                    logits = forward(codes[:, :-1], labels, expected, positions)
+                loss = next_token_loss(logits, codes if positions is None else codes[:, positions])
                 accelerator.backward(loss.mean() / stage.grad_accumulation)
             by_position += loss.detach() / stage.grad_accumulation
         norm = run.optimise(optimizer, list(model.parameters()), {"loss": by_position}, step)
@@ -177,13 +185,16 @@ def train(run: Run, config: Config) -> None:
         done = step + 1
         if run.due(stage.log_every, done):
             by_position = run.mean(by_position)
-            values = summarise(by_position, "loss/train")
+            values = {"loss/train": float(by_position.mean())} if positions is not None else None
+            values = values or summarise(by_position, "loss/train")
             run.log_step(values | {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}, done)
         measure, show = run.due(stage.eval_every, done), run.due(stage.sample_every, done)
         if measure or show:
             with run.averaged(transformer, ema, parameters) as measured:
                 if measure:
-                    seen, heldout = (next_token_losses(measured, *s, device) for s in (source.seen, source.heldout))
+                    seen, heldout = (
+                        next_token_losses(measured, *s, device, tokenizer) for s in (source.seen, source.heldout)
+                    )
                     run.log(summarise(seen, "loss/seen") | summarise(heldout, "loss/heldout"), done)
                     run.print(f"step {done}: {compare(seen, heldout)}")
                     stopping.update(float(run.mean(heldout.mean())), list(measured.parameters()), done)

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..inference.feedback import all_logits
+from ..tokenizer import SpectralTokenizer
 from ..transformer import SpectralARTransformer
 
 STATISTICS_FILE = "statistics.safetensors"
@@ -27,6 +29,7 @@ def code_marginals(codes: Tensor, codebook_size: int) -> Tensor:
 @torch.no_grad()
 def next_token_entropy(
     transformer: SpectralARTransformer,
+    tokenizer: SpectralTokenizer,
     codes: Tensor,
     class_labels: Tensor,
     codebook_sizes: Sequence[int] | None = None,
@@ -35,7 +38,7 @@ def next_token_entropy(
     """How open the next token is: entropy of p(q_t | q_1..q_(t-1), class) in nats, averaged over images.
 
     Args:
-        transformer: the model.
+        transformer, tokenizer: the models.
         codes: (n, N) of images.
         class_labels: (n,) int64, their classes.
         codebook_sizes: entries that each position may use, of a tokenizer with nested codebooks. None: all.
@@ -46,7 +49,7 @@ def next_token_entropy(
     """
     total = torch.zeros(codes.shape[1], dtype=torch.float64, device="cpu")
     for part, labels in zip(codes.split(batch_size), class_labels.split(batch_size), strict=True):
-        logits = transformer(part[:, :-1], labels)  # (b, N, K)
+        logits = all_logits(transformer, tokenizer, part, labels)  # (b, N, K)
         for t, size in enumerate(codebook_sizes or ()):
             logits[:, t, size:] = -torch.inf
         total += torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1).sum(dim=0).cpu()

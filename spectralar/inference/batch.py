@@ -14,6 +14,7 @@ from torch import Tensor
 from ..sampling import guidance_curve
 from ..transformer import Conditioning, SamplingCache, SpectralARTransformer
 from . import cuda_graphs
+from .feedback import DecoderFeedback
 from .generation import ROWS_TOGETHER, after_given, choose, logits_dtype
 
 MOST_GRAPHS = 64
@@ -33,6 +34,7 @@ class Request:
     top_k: int = 0
     top_p: float = 1.0
     finite: bool = True  # whether the logits of all tokens were, as far as they have been read
+    feedback: DecoderFeedback | None = None  # of a transformer with decoder feedback
 
     @property
     def guided(self) -> bool:
@@ -116,6 +118,9 @@ class SamplingBatch:
             self._codes, self._uniforms = zeros(capacity, n), zeros(capacity, n, dtype=torch.float32)
             self._finite = zeros(capacity, dtype=torch.bool)  # whether all logits so far were
             self._scales = zeros(capacity, n, dtype=logits_dtype(transformer))
+            self._expected = None  # (I, d), what the decoder expects of the next token
+            if config.decoder_feedback:
+                self._expected = zeros(capacity, config.codebook_dim, dtype=logits_dtype(transformer))
             self._sizes = None
             if codebook_sizes is not None:
                 self._sizes = torch.tensor(codebook_sizes, dtype=torch.int64, device=device)
@@ -151,6 +156,8 @@ class SamplingBatch:
         self._scales[images] = torch.tensor(curve, dtype=self._scales.dtype, device=device)
         self._image_of[rows] = images.repeat(len(rows) // len(images))
         self._finite[images] = True
+        if self._expected is not None:
+            self._expected[images] = 0  # nothing, before the first token
         self._begin(request, rows)
         self._members_changed()
 
@@ -168,6 +175,9 @@ class SamplingBatch:
             image_of = torch.arange(len(rows) + spare, dtype=torch.int64, device=rows.device) % batch
             prefix = request.codes[:, :length].index_select(0, image_of)
             logits = after_given(self.transformer, prefix, conditioning, cache)  # (R, K)
+            if request.feedback is not None:
+                expected = request.feedback.after(request.codes[:, :length])
+                logits = self.transformer.add_expected(logits, expected.index_select(0, image_of), length)
             images = self._places[request].images
             self._finite[images] = logits[: len(rows)].isfinite().all(1).view(-1, batch).all(0)
             uncond = logits[batch : 2 * batch] if request.guided else None
@@ -226,6 +236,9 @@ class SamplingBatch:
     @torch.inference_mode()
     def step(self) -> None:
         """The next token of every request."""
+        for request, places in self._places.items():
+            if request.feedback is not None and request.length:
+                self._expected[places.images] = request.feedback.after(self.read(request))
         key = (*self._used, *self._groups)
         if key in self._graphs:
             self._graphs[key]()
@@ -247,6 +260,9 @@ class SamplingBatch:
         conditioning = Conditioning(*(part[:rows] for part in self._conditioning))
         positions, cond = self._positions[:rows], self._cond[:images]
         logits = self.transformer.step(self._tokens[:rows, None], positions, conditioning, self._caches[rows])
+        if self._expected is not None:
+            expected = self._expected.index_select(0, self._image_of[:rows])
+            logits = self.transformer.add_expected(logits, expected, positions)
         at = positions.index_select(0, cond).unsqueeze(1)  # (I, 1), the token that is chosen
         both = logits.index_select(0, cond), logits.index_select(0, self._uncond[:images])  # each (I, K)
         finite = logits.isfinite().all(1)  # (R,)

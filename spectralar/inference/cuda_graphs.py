@@ -120,6 +120,7 @@ class Buffers:
     conditioning: Conditioning  # of R rows: B, or 2B with guidance
     cache: SamplingCache
     finite: Tensor  # () bool
+    expected: Tensor | None  # (B, d) with decoder feedback
     pool: Any
     graphs: dict[int, Callable[[], None]] = field(default_factory=dict)  # by index
 
@@ -159,7 +160,9 @@ class GraphedTokenGenerator(TokenGenerator):
             self._buffers = Buffers(
                 given.new_zeros(rows, n), uniforms.new_zeros(rows, n), torch.empty_like(self._scales),
                 self._image_of, Conditioning(*map(torch.empty_like, self._conditioning)), self._cache,
-                torch.empty_like(self._finite), graph_pool(),
+                torch.empty_like(self._finite),
+                None if self._expected is None else self._expected.new_zeros(rows, self._expected.shape[1]),
+                graph_pool(),
             )  # fmt: skip
         buffers = self._buffers
         for ours, new in zip(buffers.conditioning, self._conditioning, strict=True):
@@ -170,6 +173,9 @@ class GraphedTokenGenerator(TokenGenerator):
         self.codes, self.uniforms, self._scales = buffers.codes, buffers.uniforms, buffers.scales
         self._image_of, self._conditioning = buffers.image_of, buffers.conditioning
         self._finite = buffers.finite.copy_(self._finite)
+        if self._expected is not None:
+            buffers.expected[: given.shape[0]] = self._expected[: given.shape[0]]
+            self._expected = buffers.expected
 
     def _empty_cache(self, rows: int) -> SamplingCache:
         return super()._empty_cache(rows) if self._buffers is None else self._buffers.cache
@@ -189,7 +195,8 @@ class GraphedTokenGenerator(TokenGenerator):
         weights = tuple(p.data_ptr() for p in self.transformer.parameters())
         sizes = None if self.codebook_sizes is None else tuple(self.codebook_sizes)
         rows = self._given.shape[0] + self._spare
-        return (weights, rows, guided, self._given_uniforms.dtype, tuple(self.filters.values()), sizes)
+        feedback = self.feedback is not None
+        return (weights, rows, guided, self._given_uniforms.dtype, tuple(self.filters.values()), sizes, feedback)
 
     def _take(self, key: tuple) -> Buffers | None:
         """Unused buffers of this key."""
@@ -212,3 +219,4 @@ class GraphedTokenGenerator(TokenGenerator):
         self._finite = self._finite.clone()
         self._buffers, self._key, self._cache = None, (), None
         self.codes, self.uniforms = self._given, self._given_uniforms
+        self._expected = None if self._expected is None else self._expected.clone()

@@ -152,10 +152,10 @@ class Engine:
             most = self.max_rows // (2 if request.guided else 1)
             raise ValueError(f"at most {most} images can be sampled at once, got {len(request.codes)}.")
         batch = len(request.codes)
-        decoder = None if wanted == "none" else PrefixDecoder(self.tokenizer, batch)
+        decoder = None if wanted == "none" or request.feedback else PrefixDecoder(self.tokenizer, batch)
         sampling = Sampling(
             request, object() if visitor is None else visitor, wanted, decoder,
-            largest_group(self.tokenizer, batch), next_length=max(1, request.length),
+            1 if request.feedback else largest_group(self.tokenizer, batch), next_length=max(1, request.length),
         )  # fmt: skip
         with self._lock:
             if len(self._waiting) >= self.max_waiting:
@@ -196,6 +196,8 @@ class Engine:
         for sampling in entering:
             if not sampling.request.done:
                 self._batch.add(sampling.request)
+                if sampling.request.feedback:  # the image of a prefix, before that of the token behind it
+                    self._hand_out_feedback(sampling)
         self._batch.step()
         self._decode()
         for sampling in self._running:
@@ -215,6 +217,9 @@ class Engine:
         room = FRAMES_TOGETHER * MASK_TOKENS_AT_ONCE // self.tokenizer.num_patches
         due: list[tuple[Sampling, list[int]]] = []
         for sampling in sorted(self._running, key=lambda sampling: self._given[sampling.visitor]):
+            if sampling.request.feedback:
+                self._hand_out_feedback(sampling)
+                continue
             lengths = sampling.lengths_due()
             count = len(lengths) * len(sampling.request.codes)
             if lengths and (count <= room or not due):
@@ -229,6 +234,14 @@ class Engine:
             images = frames_of_several([(sampling.decoder, lengths) for sampling, lengths in due])
             for (sampling, lengths), frames in zip(due, images, strict=True):
                 self._hand_out(sampling, lengths, (frames / 2 + 0.5).clamp(0, 1).cpu())
+
+    def _hand_out_feedback(self, sampling: Sampling) -> None:
+        """The image that is due of a request whose next token needs it anyway."""
+        if lengths := sampling.lengths_due():
+            codes = self._batch.read(sampling.request)[:, : lengths[0]]
+            if sampling.request.finite:
+                images = sampling.request.feedback.image(codes).unsqueeze(1)
+                self._hand_out(sampling, lengths, (images / 2 + 0.5).clamp(0, 1).cpu())
 
     def _hand_out(self, sampling: Sampling, lengths: list[int], images: Tensor) -> None:
         """Images (B, S, C, H, H) of S prefixes."""

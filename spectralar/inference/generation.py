@@ -1,4 +1,4 @@
-"""The engine of generation: codes token by token, with guidance and a KV cache. It knows nothing of images."""
+"""The engine of generation: codes token by token, with guidance and a KV cache. Of images only `feedback` knows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..sampling import guidance_at, guide, sample_tokens
 from ..transformer import Conditioning, SamplingCache, SpectralARTransformer
+from .feedback import DecoderFeedback
 
 ROWS_TOGETHER = 4
 WIDEST_FILLED = 256
@@ -28,6 +29,7 @@ class TokenGenerator:
         uniforms: (B, N) in [0, 1), the random number of each token.
         guidance_schedule, temperature, top_k, top_p: see `sampling`.
         codebook_sizes: entries that each position may use, of a tokenizer with nested codebooks. None: all.
+        feedback: for a transformer with decoder feedback, that of B images.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class TokenGenerator:
         top_k: int = 0,
         top_p: float = 1.0,
         codebook_sizes: Sequence[int] | None = None,
+        feedback: DecoderFeedback | None = None,
     ) -> None:
         self.transformer = transformer
         self.class_labels = class_labels
@@ -49,6 +52,12 @@ class TokenGenerator:
         self.guidance_schedule = guidance_schedule
         self.filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self.codebook_sizes = codebook_sizes
+        self.feedback = feedback
+        # What the decoder expects of the next token.
+        width = transformer.config.codebook_dim
+        self._expected = None  # (B, d)
+        if feedback is not None:
+            self._expected = uniforms.new_zeros(len(codes), width, dtype=logits_dtype(transformer))
         # Guidance scale of each token: on the device, as all that a step reads, and as it was set last.
         self._scales = torch.ones(transformer.config.num_tokens, dtype=logits_dtype(transformer), device=codes.device)
         self._scales_set = [1.0] * transformer.config.num_tokens
@@ -61,6 +70,8 @@ class TokenGenerator:
     def restart(self) -> None:
         """To be called when tokens have been changed that earlier ones were sampled from."""
         self._cache = None
+        if self.feedback is not None:
+            self.feedback.restart()
 
     @torch.inference_mode()  # a tenth faster than no_grad; nothing that is made in here is handed out
     def sample(self, index: int, guidance_scale: float) -> None:
@@ -73,6 +84,9 @@ class TokenGenerator:
         w = guidance_at(index, self.transformer.config.num_tokens, guidance_scale, self.guidance_schedule)
         if w != self._scales_set[index]:
             self._scales[index] = self._scales_set[index] = w
+        if self.feedback is not None and index:
+            batch = self.feedback.batch_size
+            self._expected[:batch] = self.feedback.after(self.codes[:batch, :index])
         if self._cache is None or (guided and not self._guided):
             # The first token, or one after a change from outside: all tokens so far run before it.
             self._begin(guided)
@@ -108,6 +122,8 @@ class TokenGenerator:
     def _pick(self, index: int, logits: Tensor) -> None:
         """Guidance, filters, and the choice of token `index`."""
         batch = self.codes.shape[0]
+        if self._expected is not None and index:
+            logits = self.transformer.add_expected(logits, self._expected.index_select(0, self._image_of), index)
         uncond = logits[batch : 2 * batch] if self._guided else None
         self._finite.logical_and_(logits[: 2 * batch if self._guided else batch].isfinite().all())
         size = None if self.codebook_sizes is None else self.codebook_sizes[index]

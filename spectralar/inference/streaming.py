@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..tokenizer import SpectralTokenizer
+from .feedback import DecoderFeedback
 from .frames import PrefixDecoder
 
 # At most so many mask tokens are decoded at once, where more gain nothing; no frame waits for more tokens than this.
@@ -55,9 +56,13 @@ class FrameStream:
         batch_size: B.
         every: tokens from one frame to the next.
         on_host: whether images come on the host, else where they were made.
+        feedback: what makes the images, one by one, if the sampling of these codes asks it for them anyway.
     """
 
-    def __init__(self, tokenizer: SpectralTokenizer, batch_size: int, every: int, on_host: bool) -> None:
+    def __init__(
+        self, tokenizer: SpectralTokenizer, batch_size: int, every: int, on_host: bool,
+        feedback: DecoderFeedback | None = None,
+    ) -> None:  # fmt: skip
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.on_host = on_host
@@ -65,7 +70,8 @@ class FrameStream:
         self._waiting: list[Tensor] = []  # codes to be decoded
         self._copied: tuple[list[Tensor], HostCopy] | None = None  # codes, and their images on the way
         self._decoder: PrefixDecoder | None = None
-        self._largest_group = largest_group(tokenizer, batch_size, every)
+        self._feedback = feedback
+        self._largest_group = 1 if feedback else largest_group(tokenizer, batch_size, every)
         self._group = 1
 
     @property
@@ -95,9 +101,7 @@ class FrameStream:
 
     def _decode(self) -> Iterator[tuple[Tensor, Tensor]]:
         waiting, self._waiting = self._waiting, []
-        self._decoder = self._decoder or PrefixDecoder(self.tokenizer, self.batch_size)
-        self._decoder.append(waiting[-1][:, self._decoder.length :])
-        images = self._decoder.frames([codes.shape[1] for codes in waiting])  # (B, S, C, H, H)
+        images = self._images(waiting)
         images = (images / 2 + 0.5).clamp(0, 1)
         if not self.on_host:
             yield from zip(waiting, images.unbind(1), strict=True)
@@ -107,6 +111,14 @@ class FrameStream:
         self._copied = copied
         if images.device.type != "cuda":
             yield from self._take_copied()  # nothing to wait for
+
+    def _images(self, waiting: list[Tensor]) -> Tensor:
+        """(B, S, C, H, H) of S prefixes."""
+        if self._feedback is not None:
+            return self._feedback.image(waiting[-1]).unsqueeze(1)
+        self._decoder = self._decoder or PrefixDecoder(self.tokenizer, self.batch_size)
+        self._decoder.append(waiting[-1][:, self._decoder.length :])
+        return self._decoder.frames([codes.shape[1] for codes in waiting])
 
     def _take_copied(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._copied is not None:

@@ -27,17 +27,17 @@ def test_next_token_entropy_of_certain_and_open_models():
     model = tiny_transformer().double()
     codes = torch.randint(32, (5, 12))
     labels = torch.tensor([0, 1, 2, 3, 0])
-    entropy = next_token_entropy(model, codes, labels)
+    entropy = next_token_entropy(model, None, codes, labels)
     logits = model(codes[:, :-1], labels)
     expected = torch.distributions.Categorical(logits=logits).entropy().mean(dim=0)
     torch.testing.assert_close(entropy, expected.float())
-    torch.testing.assert_close(next_token_entropy(model, codes, labels, batch_size=2), entropy)
+    torch.testing.assert_close(next_token_entropy(model, None, codes, labels, batch_size=2), entropy)
     assert entropy.min() > 0.1 and entropy.max() < math.log(32) - 0.1
     with torch.no_grad():
         model.head.weight.zero_()
         model.head.bias.zero_()
-    torch.testing.assert_close(next_token_entropy(model, codes, labels), torch.full((12,), math.log(32)))
-    nested = next_token_entropy(model, codes, labels, codebook_sizes=[1, 2] + [32] * 10)
+    torch.testing.assert_close(next_token_entropy(model, None, codes, labels), torch.full((12,), math.log(32)))
+    nested = next_token_entropy(model, None, codes, labels, codebook_sizes=[1, 2] + [32] * 10)
     torch.testing.assert_close(nested[:3], torch.tensor([0, math.log(2), math.log(32)]))
 
 

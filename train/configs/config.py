@@ -132,6 +132,7 @@ class TransformerConfig:
     dropout: float = 0.1  # probability
     shared_adaln: bool = False  # one adaLN modulation for all blocks: a third fewer parameters
     codebook_dim: int = 0  # tokenizer.codebook_dim = inputs and outputs know the entries; 0 = they do not
+    decoder_feedback: bool = False  # each token is predicted from the image of those before it, too
 
 
 @dataclass
@@ -259,6 +260,11 @@ def check_config(config: Config) -> None:
         raise ValueError(
             f"transformer.codebook_dim must be 0 or tokenizer.codebook_dim ({tokenizer.codebook_dim}), not "
             f"{config.transformer.codebook_dim}."
+        )
+    if config.transformer.decoder_feedback and not (config.transformer.codebook_dim and tokenizer.spectral_shortcut):
+        raise ValueError(
+            "transformer.decoder_feedback needs transformer.codebook_dim and tokenizer.spectral_shortcut: what the "
+            "decoder expects is told in the shortcut's terms."
         )
     for divisor, number in (
         ("tokenizer.patch_size", "data.image_size"),

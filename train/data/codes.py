@@ -20,10 +20,11 @@ AGAIN = "run train.encode_dataset again."
 DECODER = ("from_latent", "token_position", "mask_tokens", "decoder", "to_pixels", "seam_conv", "base_embed")
 
 
-def fingerprint(tokenizer: SpectralTokenizer) -> str:
+def fingerprint(tokenizer: SpectralTokenizer, decoder: bool = False) -> str:
     """SHA-256 of a tokenizer's shape and of the weights that make codes, at the half precision they ship in.
 
-    The decoder is left out: it may be trained on without the codes, and what learnt them, being made again.
+    The decoder is left out unless `decoder` says otherwise, for a transformer that listens to it: it may be trained on
+    without the codes, and what learnt them, being made again.
     """
     digest = hashlib.sha256()
     config = {key: value for key, value in tokenizer.config.items() if not key.startswith("_")}
@@ -32,7 +33,7 @@ def fingerprint(tokenizer: SpectralTokenizer) -> str:
             config.pop(name, None)  # came later: older models keep their fingerprint
     digest.update(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(tokenizer.state_dict().items()):
-        if name.startswith(DECODER):
+        if name.startswith(DECODER) and not decoder:
             continue
         digest.update(name.encode())
         digest.update(value.detach().half().cpu().contiguous().numpy().tobytes())

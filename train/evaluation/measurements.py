@@ -211,10 +211,12 @@ def other_source(run: Evaluation, images: Tensor, prefix_images: int) -> dict[st
 
 def next_token_loss(run: Evaluation, codes: Tensor, train_codes: Tensor, train_labels: Tensor) -> dict[str, Any]:
     """Next-token cross-entropy in nats by position, on images trained on and on held-out ones."""
-    transformer = run.pipe.transformer
+    transformer, tokenizer = run.pipe.transformer, run.pipe.tokenizer
 
     def losses(c: Tensor, y: Tensor) -> Tensor:
-        return len(c) * next_token_losses(transformer, c.long(), y, transformer.device).double().cpu()  # (N,)
+        return (
+            len(c) * next_token_losses(transformer, c.long(), y, transformer.device, tokenizer).double().cpu()
+        )  # (N,)
 
     result: dict[str, Any] = {"train_images": len(train_codes), "heldout_images": len(codes)}
     for name, c, y in (("train", train_codes, train_labels), ("heldout", codes, run.labels)):
@@ -229,7 +231,7 @@ def entropy_by_position(run: Evaluation, codes: Tensor) -> Tensor:
     device = run.pipe.device
 
     def entropies(c: Tensor, y: Tensor) -> Tensor:
-        return len(c) * next_token_entropy(run.pipe.transformer, c.long().to(device), y.to(device))
+        return len(c) * next_token_entropy(run.pipe.transformer, run.pipe.tokenizer, c.long().to(device), y.to(device))
 
     return sum(run.team.map(entropies, ENCODE_BATCH, "next-token entropy", codes, run.labels)) / len(codes)
 
