@@ -1,10 +1,12 @@
 """Stage 1 with a spectral shortcut: fitted once, resumed exactly, and codes that stay while its decoder learns."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectralar import SpectralTokenizer
+from spectralar import SpectralARPipeline, SpectralTokenizer
 from tests.train.run_folders import assert_same_run, assert_same_up_to_rounding, newest_checkpoint
 
 SETTINGS = [
@@ -72,6 +74,7 @@ def test_two_processes_train_as_one(scripts, preset, reference, tmp_path):
 @pytest.mark.parametrize("options, said", [
     ([ALONE], "encoder_layers must be at least 1 without spectral_shortcut."),
     ([*SETTINGS, "tokenizer.codebook_sizes=[4]"], "spectral_shortcut needs a plain codebook"),
+    (["transformer.decoder_feedback=true"], "decoder_feedback needs transformer.codebook_dim and tokenizer.spec"),
     ([*SETTINGS, "tokenizer.codebook_dim=1"], "a spectral shortcut needs codebook_dim of at least 2, got 1."),
 ])  # fmt: skip
 def test_what_cannot_be_is_said_in_a_sentence(scripts, preset, tmp_path, options, said):
@@ -79,3 +82,30 @@ def test_what_cannot_be_is_said_in_a_sentence(scripts, preset, tmp_path, options
     assert code != 0
     assert said in text.splitlines()[-1]
     assert "Traceback" not in text
+
+
+LISTENS = [
+    *(f"train_transformer.{key}" for key in ("steps=6", "checkpoint_every=2", "log_every=1", "eval_every=3")),
+    "train_transformer.codes=on-the-fly", "transformer.codebook_dim=4", "transformer.decoder_feedback=true",
+]  # fmt: skip
+
+
+def test_stage_2_listens_to_the_decoder_and_goes_on_exactly(scripts, preset, reference, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for output, *more in ((whole,), (halves, "--max-minutes", "0"), (halves,)):
+        shutil.copytree(reference / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
+        argv = [preset, *SETTINGS, ALONE, *LISTENS, "--output", output, *more]
+        code, text = scripts.run("train_transformer", argv)
+        assert code == 0, text
+    assert_same_run(halves, whole, "transformer")
+    pipe = SpectralARPipeline.from_pretrained(whole / "pipeline")
+    assert pipe.transformer.config.decoder_feedback
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(0, output_type="latent").codes.shape == (1, pipe.tokenizer.config.num_tokens)
+    # Another decoder, the same codes: what has been learnt from the first is no beginning for it.
+    tokenizer = SpectralTokenizer.from_pretrained(halves / "tokenizer", dtype=torch.float32)
+    with torch.no_grad():
+        tokenizer.to_pixels.bias.add_(1)
+    tokenizer.save_pretrained(halves / "tokenizer")
+    code, text = scripts.run("train_transformer", [*argv[:-1], "train_transformer.steps=8"])
+    assert code != 0 and "tokenizer" in text.splitlines()[-1]

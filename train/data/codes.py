@@ -28,7 +28,7 @@ def fingerprint(tokenizer: SpectralTokenizer, decoder: bool = False) -> str:
     """
     digest = hashlib.sha256()
     config = {key: value for key, value in tokenizer.config.items() if not key.startswith("_")}
-    for name in ("fsq_levels", "cutoffs", "spectral_shortcut"):
+    for name in ("fsq_levels", "cutoffs", "spectral_shortcut", "decoder_feedback"):
         if not config.get(name):
             config.pop(name, None)  # came later: older models keep their fingerprint
     digest.update(json.dumps(config, sort_keys=True).encode())

@@ -32,7 +32,8 @@ def sample_bank(
     Raises:
         SystemExit: if the folder does not hold all shards in the end.
     """
-    model = {"tokenizer": fingerprint(pipe.tokenizer), "transformer": fingerprint(pipe.transformer)}
+    decoder = pipe.transformer.config.decoder_feedback
+    model = {"tokenizer": fingerprint(pipe.tokenizer, decoder), "transformer": fingerprint(pipe.transformer)}
 
     def shard(start: int) -> tuple[Path, dict[str, str]]:
         identity = {**model, "guidance_scale": str(guidance_scale), "seed": str(seed), "start": str(start)}

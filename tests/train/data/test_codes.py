@@ -83,6 +83,10 @@ def test_fingerprint_is_of_shape_and_half_precision_weights_that_make_codes(shap
         assert (fingerprint(tokenizer) != own) == moved, name
         value.copy_(before)
     assert fingerprint(tokenizer) == own
+    whole = fingerprint(tokenizer, decoder=True)
+    with torch.no_grad():
+        tokenizer.to_pixels.bias.add_(1)
+    assert fingerprint(tokenizer) == own and fingerprint(tokenizer, decoder=True) != whole
     assert fingerprint(tiny_transformer()) == fingerprint(tiny_transformer()) != fingerprint(tiny_transformer(seed=1))
 
 
