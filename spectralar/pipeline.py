@@ -16,6 +16,7 @@ from torch import Tensor
 from .checks import as_codes, integer, one_of
 from .inference.batch import Request
 from .inference.cuda_graphs import token_generator
+from .inference.feedback import feedback_for
 from .inference.offloading import Offloading
 from .inference.streaming import FrameStream
 from .interface.arguments import GenerationArguments, check_components, check_usable, prepare, returned_latents
@@ -153,8 +154,7 @@ class SpectralARPipeline(RunAttributes, Offloading, DiffusionPipeline):
         Raises:
             ValueError: if an argument is out of range; the message says what would be right.
         """
-        run = prepare(
-            self.tokenizer, self.transformer, self._names, self._execution_device, self._callback_tensor_inputs,
+        run = self._prepare(
             class_labels, num_images_per_prompt, guidance_scale, guidance_schedule, num_tokens, temperature, top_k,
             top_p, prefix_codes, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
@@ -199,8 +199,7 @@ class SpectralARPipeline(RunAttributes, Offloading, DiffusionPipeline):
             ValueError: at once, not at the first event, if an argument is out of range.
         """
         every = integer(every, "every", 1)
-        run = prepare(
-            self.tokenizer, self.transformer, self._names, self._execution_device, self._callback_tensor_inputs,
+        run = self._prepare(
             class_labels, num_images_per_prompt, guidance_scale, guidance_schedule, num_tokens, temperature, top_k,
             top_p, prefix_codes, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
@@ -219,14 +218,20 @@ class SpectralARPipeline(RunAttributes, Offloading, DiffusionPipeline):
         }  # fmt: skip
         if unknown := arguments.keys() - defaults.keys():
             raise TypeError(f"request() got unexpected arguments {', '.join(sorted(unknown))}.")
-        run = prepare(
-            self.tokenizer, self.transformer, self._names, self._execution_device, self._callback_tensor_inputs,
-            class_labels, *(defaults | arguments).values(), "latent", None, (),
-        )  # fmt: skip
+        run = self._prepare(class_labels, *(defaults | arguments).values(), "latent", None, ())
         scale = run.state.guidance_scale
         return Request(
             run.class_labels, run.codes, run.uniforms, run.prefix_length, scale, **run.sampling, feedback=run.feedback
         )
+
+    def _prepare(self, *arguments: Any) -> GenerationArguments:
+        """The arguments of one generation, checked, and what its transformer listens to."""
+        run = prepare(
+            self.tokenizer, self.transformer, self._names, self._execution_device, self._callback_tensor_inputs,
+            *arguments,
+        )  # fmt: skip
+        run.feedback = feedback_for(run.transformer, run.tokenizer, len(run.codes))
+        return run
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -286,6 +291,9 @@ class SpectralARPipeline(RunAttributes, Offloading, DiffusionPipeline):
                 for index in range(start, total):
                     if state.interrupt and index > 0:  # an image takes one token at least
                         break
+                    if run.feedback is not None and index:
+                        with self._on_device(run.tokenizer):
+                            generator.listen(index)
                     with self._on_device(run.transformer):
                         generator.sample(index, check_guidance_scale(state.guidance_scale))  # a callback may set it
                     if index + 1 == total or run.codes.is_cpu:  # elsewhere it would wait for the device each time

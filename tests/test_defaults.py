@@ -2,6 +2,7 @@
 
 import ast
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from spectralar import SpectralARPipeline, spectral
 from spectralar.analysis import codecs, contributions, quality, statistics
+from spectralar.inference.feedback import all_logits
 from spectralar.quantizer import CodebookRevival
 from tests.helpers import seed, tiny_pipeline, tiny_tokenizer
 
@@ -136,7 +138,9 @@ def analysis(pipe):
         spectral.data_cutoffs(variances, bits), spectral.gaussian_psnr(variances, bits, cutoffs),
         contributions.token_contributions(tokenizer.decode(codes, [1, 5, 12]).detach(), cutoffs),
         contributions.influence_matrix(tokenizer, codes, marginals, draws=2), marginals,
-        statistics.next_token_entropy(transformer, tokenizer, codes, labels, tokenizer.quantizer.codebook_sizes),
+        statistics.next_token_entropy(
+            partial(all_logits, transformer, tokenizer), codes, labels, tokenizer.quantizer.codebook_sizes
+        ),
         statistics.code_use(marginals), quality.psnr(x[:1], x[1:]), quality.ssim(x[:1], x[1:]),
         codecs.dct_truncation(x[0], 900), filled.detach(), revival.idle_steps,
     ]  # fmt: skip

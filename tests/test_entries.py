@@ -25,7 +25,7 @@ def test_inputs_and_logits_are_the_formula(maps):
             torch.testing.assert_close(maps.embed(tokens)[b, t], maps.inputs[t].T @ maps.entries[tokens[b, t]])
         for t in range(4):
             expected = maps.entries @ (maps.outputs[7 + t] @ hidden[b, t])
-            torch.testing.assert_close(maps.logits(hidden, 7)[b, t], expected)
+            torch.testing.assert_close(maps.logits(hidden, slice(7, 7 + hidden.shape[1]))[b, t], expected)
 
 
 def test_single_tokens_are_those_of_a_sequence_and_do_not_depend_on_others(maps):
@@ -36,7 +36,9 @@ def test_single_tokens_are_those_of_a_sequence_and_do_not_depend_on_others(maps)
         alone = slice(i, i + 1)
         assert torch.equal(maps.embed_at(tokens[alone], positions[alone])[0], embedded[i])
         torch.testing.assert_close(maps.embed(tokens[i].expand(1, p + 1))[0, p], embedded[i])
-        torch.testing.assert_close(maps.logits(hidden[None, alone], p)[0, 0], logits[i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            maps.logits(hidden[None, alone], slice(p, p + 1))[0, 0], logits[i], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_it_starts_from_what_tokens_add_to_the_picture():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +11,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from ..inference.feedback import all_logits
-from ..tokenizer import SpectralTokenizer
-from ..transformer import SpectralARTransformer
 
 STATISTICS_FILE = "statistics.safetensors"
 
@@ -28,8 +24,7 @@ def code_marginals(codes: Tensor, codebook_size: int) -> Tensor:
 
 @torch.no_grad()
 def next_token_entropy(
-    transformer: SpectralARTransformer,
-    tokenizer: SpectralTokenizer,
+    logits_of: Callable[[Tensor, Tensor], Tensor],
     codes: Tensor,
     class_labels: Tensor,
     codebook_sizes: Sequence[int] | None = None,
@@ -38,7 +33,8 @@ def next_token_entropy(
     """How open the next token is: entropy of p(q_t | q_1..q_(t-1), class) in nats, averaged over images.
 
     Args:
-        transformer, tokenizer: the models.
+        logits_of: gives the logits (b, N, K) of all tokens of codes (b, N) of classes (b,), as
+            `inference.feedback.all_logits` does for a transformer.
         codes: (n, N) of images.
         class_labels: (n,) int64, their classes.
         codebook_sizes: entries that each position may use, of a tokenizer with nested codebooks. None: all.
@@ -49,7 +45,7 @@ def next_token_entropy(
     """
     total = torch.zeros(codes.shape[1], dtype=torch.float64, device="cpu")
     for part, labels in zip(codes.split(batch_size), class_labels.split(batch_size), strict=True):
-        logits = all_logits(transformer, tokenizer, part, labels)  # (b, N, K)
+        logits = logits_of(part, labels)  # (b, N, K)
         for t, size in enumerate(codebook_sizes or ()):
             logits[:, t, size:] = -torch.inf
         total += torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1).sum(dim=0).cpu()

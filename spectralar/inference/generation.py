@@ -55,7 +55,7 @@ class TokenGenerator:
         self.feedback = feedback
         # What the decoder expects of the next token.
         width = transformer.config.codebook_dim
-        self._expected = None  # (B, d)
+        self._expected, self._heard = None, 0  # (B, d), and of which token
         if feedback is not None:
             self._expected = uniforms.new_zeros(len(codes), width, dtype=logits_dtype(transformer))
         # Guidance scale of each token: on the device, as all that a step reads, and as it was set last.
@@ -72,6 +72,15 @@ class TokenGenerator:
         self._cache = None
         if self.feedback is not None:
             self.feedback.restart()
+            self._heard = 0
+
+    @torch.inference_mode()
+    def listen(self, index: int) -> None:
+        """What the decoder expects of token `index`. `sample` asks for it, if nobody has before: offloading does."""
+        if self.feedback is not None and index and self._heard != index:
+            batch = self.feedback.batch_size
+            self._expected[:batch] = self.feedback.after(self.codes[:batch, :index])
+            self._heard = index
 
     @torch.inference_mode()  # a tenth faster than no_grad; nothing that is made in here is handed out
     def sample(self, index: int, guidance_scale: float) -> None:
@@ -84,9 +93,7 @@ class TokenGenerator:
         w = guidance_at(index, self.transformer.config.num_tokens, guidance_scale, self.guidance_schedule)
         if w != self._scales_set[index]:
             self._scales[index] = self._scales_set[index] = w
-        if self.feedback is not None and index:
-            batch = self.feedback.batch_size
-            self._expected[:batch] = self.feedback.after(self.codes[:batch, :index])
+        self.listen(index)
         if self._cache is None or (guided and not self._guided):
             # The first token, or one after a change from outside: all tokens so far run before it.
             self._begin(guided)

@@ -11,7 +11,6 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
 from ..checks import as_codes, check_codes, integer, one_of, shown
-from ..inference.feedback import DecoderFeedback, feedback_for
 from ..sampling import check_sampling_arguments, draw_uniforms
 from ..tokenizer import SpectralTokenizer
 from ..transformer import SpectralARTransformer
@@ -35,7 +34,7 @@ class GenerationArguments:
     output_type: str
     callback: Callable | None
     callback_tensor_inputs: list[str]
-    feedback: DecoderFeedback | None
+    feedback: Any = None  # what a transformer with decoder feedback listens to
 
 
 def prepare(
@@ -76,7 +75,7 @@ def prepare(
     state = RunState(sampling.pop("guidance_scale"), num_tokens - prefix_length)
     return GenerationArguments(
         tokenizer, transformer, labels, codes, prefix_length, uniforms, state, sampling, output_type, callback,
-        tensor_inputs, feedback_for(transformer, tokenizer, len(labels)),
+        tensor_inputs,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Statistics of codes against closed forms, and the file that keeps them."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from spectralar.analysis.statistics import (
     read_statistics,
     write_statistics,
 )
+from spectralar.inference.feedback import all_logits
 from tests.helpers import tiny_transformer
 
 
@@ -25,19 +27,20 @@ def test_marginals_are_frequencies():
 
 def test_next_token_entropy_of_certain_and_open_models():
     model = tiny_transformer().double()
+    logits_of = partial(all_logits, model, None)
     codes = torch.randint(32, (5, 12))
     labels = torch.tensor([0, 1, 2, 3, 0])
-    entropy = next_token_entropy(model, None, codes, labels)
+    entropy = next_token_entropy(logits_of, codes, labels)
     logits = model(codes[:, :-1], labels)
     expected = torch.distributions.Categorical(logits=logits).entropy().mean(dim=0)
     torch.testing.assert_close(entropy, expected.float())
-    torch.testing.assert_close(next_token_entropy(model, None, codes, labels, batch_size=2), entropy)
+    torch.testing.assert_close(next_token_entropy(logits_of, codes, labels, batch_size=2), entropy)
     assert entropy.min() > 0.1 and entropy.max() < math.log(32) - 0.1
     with torch.no_grad():
         model.head.weight.zero_()
         model.head.bias.zero_()
-    torch.testing.assert_close(next_token_entropy(model, None, codes, labels), torch.full((12,), math.log(32)))
-    nested = next_token_entropy(model, None, codes, labels, codebook_sizes=[1, 2] + [32] * 10)
+    torch.testing.assert_close(next_token_entropy(logits_of, codes, labels), torch.full((12,), math.log(32)))
+    nested = next_token_entropy(logits_of, codes, labels, codebook_sizes=[1, 2] + [32] * 10)
     torch.testing.assert_close(nested[:3], torch.tensor([0, math.log(2), math.log(32)]))
 
 

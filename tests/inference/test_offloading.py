@@ -11,6 +11,7 @@ from tests.helpers import seed, tiny_pipeline
 
 N = 12  # tokens of the tiny models
 KINDS = {"tokenizer": {"spectral_shortcut": True}, "transformer": {"codebook_dim": 8}}
+FEEDBACK = {"tokenizer": {"spectral_shortcut": True}, "transformer": {"codebook_dim": 8, "decoder_feedback": True}}
 
 
 @pytest.fixture
@@ -48,7 +49,16 @@ def test_model_cpu_offload(onloaded):
     assert onloaded == ["tok", "tok"]
 
 
-@pytest.mark.parametrize("kinds", [{}, KINDS], ids=["plain", "shortcut"])
+def test_model_cpu_offload_with_decoder_feedback(onloaded):
+    """The decoder comes for what it expects of each token but the first."""
+    expected = tiny_pipeline(**FEEDBACK)(1, generator=seed(), output_type="pt")
+    pipe = tiny_pipeline(**FEEDBACK)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(pipe(1, generator=seed(), output_type="pt").images, expected.images)
+    assert onloaded == ["ar", *["tok", "ar"] * (N - 1), "tok"]
+
+
+@pytest.mark.parametrize("kinds", [{}, KINDS, FEEDBACK], ids=["plain", "shortcut", "feedback"])
 def test_sequential_offload(kinds):
     """Every part has its weights for as long as the component is used, and gives them back."""
     pipe, whole = tiny_pipeline(dtype=torch.float32, **kinds), tiny_pipeline(dtype=torch.float32, **kinds)

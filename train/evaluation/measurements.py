@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from spectralar import SpectralARPipeline
 from spectralar.analysis.quality import psnr, ssim
 from spectralar.analysis.statistics import next_token_entropy
+from spectralar.inference.feedback import all_logits
 from spectralar.quantizer import codebook_statistics
 from spectralar.spectral import nested_targets
 
@@ -228,10 +230,10 @@ def next_token_loss(run: Evaluation, codes: Tensor, train_codes: Tensor, train_l
 
 def entropy_by_position(run: Evaluation, codes: Tensor) -> Tensor:
     """Entropy of the next token (N,) in nats, averaged over the held-out images."""
-    device = run.pipe.device
+    device, logits_of = run.pipe.device, partial(all_logits, run.pipe.transformer, run.pipe.tokenizer)
 
     def entropies(c: Tensor, y: Tensor) -> Tensor:
-        return len(c) * next_token_entropy(run.pipe.transformer, run.pipe.tokenizer, c.long().to(device), y.to(device))
+        return len(c) * next_token_entropy(logits_of, c.long().to(device), y.to(device))
 
     return sum(run.team.map(entropies, ENCODE_BATCH, "next-token entropy", codes, run.labels)) / len(codes)
 
