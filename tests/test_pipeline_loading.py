@@ -158,6 +158,9 @@ def test_pickles_beside_safetensors_are_not_looked_at(pipe, folder):
     for name in pipe.components:
         (folder / name / "diffusion_pytorch_model.bin").write_bytes(b"not a pickle")
     assert_same(SpectralARPipeline.from_pretrained(folder), pipe)
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):  # one that was slipped in is no way around it
+        SpectralARPipeline.from_pretrained(folder)
 
 
 def test_the_page_loads_no_pickles(pipe, tmp_path):

@@ -136,3 +136,24 @@ def test_weights_stored_in_8_bits(compute, kinds):
         assert {key: weight.dtype for key, weight in getattr(cast, name).state_dict().items()} == {
             key: weight.dtype for key, weight in stored.items()
         }
+
+
+def test_weights_stored_in_8_bits_are_cast_at_each_use_and_not_kept():
+    model = tiny_pipeline(dtype=torch.float32).transformer
+    kept = model.make_cache(4).parameters
+    assert kept[0].up_weight is kept[0].up_weight
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    cast = model.make_cache(4).parameters
+    assert cast[0].up_weight is not cast[0].up_weight and cast[0].up_weight.dtype == torch.float32
+    assert model.blocks[0].mlp.up.weight.dtype == torch.float8_e4m3fn
+
+
+def test_weights_stored_in_8_bits_are_not_compiled_in():
+    pipe = tiny_pipeline(dtype=torch.float32)
+    calls = []
+    pipe.transformer._compiled_step = lambda *_: calls.append(1)  # None: as where it has failed
+    pipe(1, output_type="latent")
+    assert len(calls) == N - 1
+    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    pipe(1, output_type="latent")
+    assert len(calls) == N - 1

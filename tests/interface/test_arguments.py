@@ -63,7 +63,7 @@ def steps(monkeypatch):
         ({"prefix_codes": [[10**30]]}, "prefix_codes must be a rectangular array of integers"),
         ({"callback_on_step_end": 5}, "callback_on_step_end must be a function, got 5"),
         ({"callback_on_step_end_tensor_inputs": "latents"}, "must be a list of names of .* got 'latents'"),
-        ({"class_labels": np.ma.masked_equal([1, 2], 1)}, "class labels must be class ids or names"),
+        ({"class_labels": np.ma.masked_equal([1, 2], 3)}, "class labels must be class ids or names, got masked_array"),
         ({"class_labels": b"bag"}, "class labels must be class ids or names, got b'bag'"),
         ({"class_labels": []}, "at least one class label"),
         ({"class_labels": 4}, "class ids must be between 0 and 3, got 4"),
