@@ -21,11 +21,11 @@ from .links import Link, Linked
 from .model import MAX_SEED, Model, Sampled
 from .runs import MAX_IMAGES, Run, Settings, stream
 from .scrubber import scrubber
+from .tiles import tiles
 
 TITLE = "Generate"
 # Visitors that are served at the same time: the engine lets them in. On ZeroGPU there is none.
 SAMPLERS = 2 if os.environ.get("SPACES_ZERO_GPU") else 64
-NUM_EXAMPLES = 6
 DEFAULTS = Settings(class_label="")
 QUIET = {"api_visibility": "private", "show_progress": "hidden", "queue": False}  # for handlers that take no time
 
@@ -56,7 +56,7 @@ def _controls(model: Model) -> dict[str, gr.components.Component]:
     n = model.num_tokens
     with gr.Group():
         choices = [(name, i) for i, name in enumerate(model.all_names)]
-        label = gr.Dropdown(choices, value=0, label="Class", filterable=True, elem_id="class")
+        label = gr.Dropdown(choices, value=model.examples[0], label="Class", filterable=True, elem_id="class")
         count = gr.Slider(1, MAX_IMAGES, DEFAULTS.count, step=1, label="Images", elem_id="count")
         with gr.Row(elem_classes="seed"):
             seed = gr.Number(
@@ -98,21 +98,6 @@ def _controls(model: Model) -> dict[str, gr.components.Component]:
     }  # fmt: skip
 
 
-def example_classes(model: Model) -> list[int]:
-    """Class ids to try, spread over all of them."""
-    total = len(model.class_names)
-    return list(range(0, total, max(1, total // NUM_EXAMPLES)))[:NUM_EXAMPLES]
-
-
-def _examples(model: Model) -> gr.Dataset:
-    """A few classes to try, spread over all of them."""
-    ids = example_classes(model)
-    return gr.Dataset(
-        components=[gr.Textbox(visible=False)], samples=[[model.class_names[i]] for i in ids], type="index",
-        label="Try", elem_id="try",
-    )  # fmt: skip
-
-
 def build(model: Model) -> Linked:
     """Lays out the tab; returns what of it stands in the page's address."""
     _add_endpoints(model)  # first: Gradio numbers later functions of the same name, the page's own handlers
@@ -122,7 +107,7 @@ def build(model: Model) -> Linked:
                 go = gr.Button("Generate", variant="primary", min_width=100, scale=3, elem_id="generate")
                 stop = gr.Button("Stop", interactive=False, min_width=70, scale=1, elem_id="stop")
             controls = _controls(model)
-            examples = _examples(model)
+            examples = tiles(model, elem_id="try")
         with gr.Column(scale=7, min_width=320):
             view = scrubber(
                 hint="Choose a class and generate: the images appear coarse and sharpen token by token.",
@@ -171,7 +156,7 @@ class _Tab:
     def __post_init__(self) -> None:
         self.opening = cache(self._opening)
 
-    def listen(self, examples: gr.Dataset) -> None:
+    def listen(self, examples: gr.HTML) -> None:
         outputs = [self.view, self.run, self.go, self.stop, self.same, self.fresh, *self.downloads.values()]
         options = {
             "inputs": self.controls, "outputs": outputs, "concurrency_id": "sample", "concurrency_limit": SAMPLERS,
@@ -183,7 +168,7 @@ class _Tab:
             (self.same.click, self.settings_of, self.run, self.controls),
             (self.fresh.click, new_seed, None, seed),
             (self.view.action, self.more, self.run, self.controls),
-            (examples.click, lambda i: (example_classes(self.model)[i], ""), examples, [label, prefix]),
+            (examples.chosen, self.example, None, [label, prefix]),
         ):
             runs.append(trigger(change, inputs, changed, **QUIET).success(self.generate, **options))
         # The token that is being sampled is finished, no other begun; a visitor who leaves has the same effect.
@@ -236,6 +221,10 @@ class _Tab:
         values = asdict(run.settings) | {"prefix_codes": " ".join(map(str, run.settings.prefix_codes))}
         values["class_label"] = self.model.label(run.settings.class_label)
         return [values[field.name] for field in fields(Settings)]
+
+    def example(self, event: gr.EventData) -> tuple[int, str]:
+        """The controls' values for a class to try: the class, and no fixed tokens."""
+        return self.model.label(int(event.class_id)), ""
 
     def more(self, run: Run, event: gr.EventData) -> list[Any]:
         """The controls' values for variations of one picture: its first k tokens, a new seed for the rest."""
@@ -336,7 +325,7 @@ def _add_endpoints(model: Model) -> None:
     n = model.num_tokens
     with gr.Group(visible=False):
         inputs = [
-            gr.Textbox(model.class_names[0], label="class_label"),
+            gr.Textbox(model.class_names[model.examples[0]], label="class_label"),
             gr.Number(DEFAULTS.count, label="count"),
             gr.Number(DEFAULTS.seed, label="seed"),
             gr.Number(DEFAULTS.guidance_scale, label="guidance_scale"),

@@ -19,8 +19,10 @@ from ..inference.engine import Engine, Sampling, Wanted
 from ..inference.streaming import FrameStream
 from ..interface.labels import LabelNames
 from ..pipeline import SpectralARPipeline
+from . import embedded
 
 MAX_SEED = 2**31 - 1
+NUM_EXAMPLES = 9  # three rows of three
 
 
 class Frame(NamedTuple):
@@ -93,6 +95,13 @@ class Model:
         self.class_names: list[str] = self.pipe.class_names
         # All names of each class, for a search to look through.
         self.all_names: list[str] = LabelNames(self.pipe.config.id2label, len(self.class_names)).whole
+        shown = embedded.shown(self.name)
+        self.trained_on = shown.trained_on
+        ids = [i for i, name in enumerate(self.class_names) if name in shown.examples]
+        ids.sort(key=lambda i: shown.examples.index(self.class_names[i]))
+        spread = range(0, len(self.class_names), max(1, len(self.class_names) // NUM_EXAMPLES))
+        # Class ids to try; the page opens with the first. Of a model it knows nothing of, some from all of them.
+        self.examples: list[int] = ids or list(spread)[:NUM_EXAMPLES]
         # One for all visitors. Not on ZeroGPU, where every call has a process of its own.
         self.engine = None if os.environ.get("SPACES_ZERO_GPU") else Engine(self.pipe.transformer, self.pipe.tokenizer)
         self.frames = on_gpu(self._frames)

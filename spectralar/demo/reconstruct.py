@@ -57,6 +57,8 @@ def build(model: Model) -> Linked:
                 "blurrier image: drag the slider to see what each token brings.",
                 elem_id="reconstructed",
             )
+            if model.trained_on:
+                gr.Markdown(f"The tokenizer was trained on {model.trained_on}.", elem_classes="note")
 
     shown = gr.State(None)
     tab = _Tab(model, origins, view, shown, crop)

@@ -41,11 +41,10 @@ STRIP = (
 
 def _examples(model: Model) -> list[tuple[str, list[Any]]]:
     """Pairs to try: a text, and values of A, B, what follows, and the class. Of samples: every model has them."""
-    names, total = model.class_names, len(model.class_names)
+    names, ids = model.class_names, model.examples
     pairs = []
     for i in range(NUM_EXAMPLES):
-        a = i * total // NUM_EXAMPLES
-        b = (a + max(1, total // 2)) % total
+        a, b = ids[2 * i % len(ids)], ids[(2 * i + 1) % len(ids)]
         mode, by = ((TAIL, ""), (MODEL, " by the model"))[i % 2]
         pairs.append((f"{names[a]}, then {names[b]}{by}", [f"sample:{a}:{i}", f"sample:{b}:{i + 1}", mode, b]))
     return pairs
@@ -67,7 +66,7 @@ def build(model: Model) -> Linked:
             a = source(origins, "Image A", "remix-a", height=170)
             mode = gr.Radio(MODES, value=TAIL, label="After the first k tokens of A come", elem_id="remix-mode")
             with gr.Column(visible=True) as of_b:
-                b = source(origins, "Image B", "remix-b", height=170, class_id=1)
+                b = source(origins, "Image B", "remix-b", height=170, example=1)
             with gr.Group(visible=False) as of_model:
                 label, seed, scale = _sampling_controls(model)
         with gr.Column(scale=7, min_width=320):
@@ -94,7 +93,7 @@ def build(model: Model) -> Linked:
 def _sampling_controls(model: Model) -> tuple[gr.Dropdown, gr.Number, gr.Slider]:
     names = model.all_names
     label = gr.Dropdown(
-        list(zip(names, range(len(names)), strict=True)), value=0, label="Class", filterable=True,
+        list(zip(names, range(len(names)), strict=True)), value=model.examples[0], label="Class", filterable=True,
         elem_id="remix-class",
     )  # fmt: skip
     with gr.Row(elem_classes="seed"):
@@ -287,7 +286,7 @@ def _add_endpoints(model: Model) -> None:
         gr.Button(visible=False).click(
             mix, [a, b, tokens], outputs, api_name="mix", concurrency_id="tokenizer", concurrency_limit=2
         )  # fmt: skip
-        label = gr.Textbox(model.class_names[0], label="class_label")
+        label = gr.Textbox(model.class_names[model.examples[0]], label="class_label")
         count, seed = gr.Number(VARIATIONS, label="count"), gr.Number(0, label="seed")
         scale = gr.Number(Settings.guidance_scale, label="guidance_scale")
         gr.Button(visible=False).click(

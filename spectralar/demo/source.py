@@ -115,8 +115,7 @@ def opening_origin(origins: Origins) -> str:
 def sample_examples(model: Model) -> tuple[list[str], list[str]]:
     """Origins of a few samples and what to call them. Every model has these, whatever examples there are."""
     names = model.class_names
-    ids = range(0, len(names), max(1, len(names) // NUM_SAMPLE_EXAMPLES))
-    ids = list(ids)[:NUM_SAMPLE_EXAMPLES]
+    ids = model.examples[:NUM_SAMPLE_EXAMPLES]
     return [f"sample:{i}:0" for i in ids], [f"A sample: {names[i]}" for i in ids]
 
 
@@ -166,9 +165,12 @@ def _thumbnail(path: Path) -> Image.Image:
     return ImageOps.contain(Image.open(path), (THUMBNAIL_SIDE, THUMBNAIL_SIDE))
 
 
-def source(origins: Origins, label: str, elem_id: str, *, height: int = 200, class_id: int = 0) -> Source:
-    """Lays out the choice of a picture: an image input, a sample of a class, and thumbnails of the examples."""
-    names = origins.model.all_names
+def source(origins: Origins, label: str, elem_id: str, *, height: int = 200, example: int = 0) -> Source:
+    """Lays out the choice of a picture: an image input, a sample of a class, and thumbnails of the examples.
+
+    example: which of the classes to try the choice of a class begins with.
+    """
+    names, ids = origins.model.all_names, origins.model.examples
     photo = PhotoInput(
         label=label, sources=["upload", "clipboard", "webcam"], format="png", height=height, buttons=[],
         elem_id=elem_id, placeholder="Drop an image, paste one, or click to choose",
@@ -184,7 +186,7 @@ def source(origins: Origins, label: str, elem_id: str, *, height: int = 200, cla
         thumbnails.click(lambda i: keys[i], thumbnails, origin, **QUIET)
     with gr.Row(elem_classes="tight"):
         classes = gr.Dropdown(
-            list(zip(names, range(len(names)), strict=True)), value=class_id % len(names), label="or a sample of",
+            list(zip(names, range(len(names)), strict=True)), value=ids[example % len(ids)], label="or a sample of",
             filterable=True, min_width=120, scale=3, elem_id=f"{elem_id}-class",
         )  # fmt: skip
         draw = gr.Button("Sample", size="sm", min_width=70, scale=1, elem_id=f"{elem_id}-sample")

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .embedded import place
 from .temporary import own_temporary_folder
 
 MODELS = Path(__file__).parents[2] / "assets" / "models"
@@ -49,8 +50,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def find_models(folder: Path) -> list[Path]:
-    """Folders of saved pipelines in `folder`, in alphabetical order."""
-    return sorted(path.parent for path in folder.glob(f"*/{INDEX}"))
+    """Folders of saved pipelines in `folder`, in the order in which the page shows them."""
+    return sorted((path.parent for path in folder.glob(f"*/{INDEX}")), key=lambda path: place(path.name))
 
 
 def own_models() -> list[Path]:

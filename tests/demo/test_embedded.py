@@ -1,0 +1,47 @@
+"""The order of the models that come with the project, and the classes that the page shows of each."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectralar.demo.embedded import EMBEDDED, place, shown
+from spectralar.demo.model import NUM_EXAMPLES, Model
+from spectralar.demo.start import MODELS, find_models
+from tests.helpers import tiny_pipeline
+
+
+def named(name, class_names):
+    pipe = tiny_pipeline(
+        dtype=torch.float32, id2label=dict(enumerate(class_names)), transformer={"num_classes": len(class_names)}
+    )
+    return Model(name, pipe, name)
+
+
+def test_the_embedded_models_are_those_named_in_their_order():
+    assert [path.name for path in find_models(MODELS)] == list(EMBEDDED)
+
+
+def test_others_come_behind_in_alphabetical_order():
+    names = ["zebra", "fashion-mnist-32", "ants", "products-64"]
+    assert sorted(names, key=place) == ["products-64", "fashion-mnist-32", "ants", "zebra"]
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_all_classes_to_try_are_there(name):
+    index = json.loads((Path(MODELS) / name / "model_index.json").read_text(encoding="utf-8"))
+    assert set(shown(name).examples) <= set(index["id2label"].values())
+    assert shown(f"somebody/{name}") == shown(name) and shown(name).trained_on
+
+
+def test_classes_to_try_stand_in_the_order_given():
+    names = ["Bag", "Coat", "Sneaker", "Dress"]
+    model = named("fashion-mnist-32", names)
+    assert [names[i] for i in model.examples] == ["Sneaker", "Bag", "Dress", "Coat"]
+
+
+def test_of_an_unknown_model_some_from_all_classes():
+    model = named("mine", [f"class {i}" for i in range(40)])
+    assert len(model.examples) == NUM_EXAMPLES and model.examples[0] == 0 and model.examples[-1] >= 32
+    assert named("mine", ["a", "b"]).examples == [0, 1] and model.trained_on == ""
