@@ -93,8 +93,11 @@ def evaluate(
         with timed(run, results, "perceptual distances"):
             results["perceptual"] |= perceptual_distances(run, codes)
     with timed(run, results, "next-token loss"):
-        results["next_token_loss"] = next_token_loss(run, codes, train_codes, train.labels)
-        entropy = entropy_by_position(run, codes)
+        # With decoder feedback all prefixes of each image are decoded for it.
+        feedback = run.pipe.transformer.config.decoder_feedback
+        some = slice(args.prefix_images if feedback else None)
+        results["next_token_loss"] = next_token_loss(run, codes[some], train_codes[some], train.labels)
+        entropy = entropy_by_position(run, codes[some])
         if run.team.is_main:
             # For the page: what its counterfactuals draw from, and the curves of its Model tab.
             size, measured = run.pipe.tokenizer.config.codebook_size, prefixes["psnr_mean_error"]

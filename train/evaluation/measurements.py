@@ -216,12 +216,13 @@ def next_token_loss(run: Evaluation, codes: Tensor, train_codes: Tensor, train_l
     transformer, tokenizer = run.pipe.transformer, run.pipe.tokenizer
 
     def losses(c: Tensor, y: Tensor) -> Tensor:
-        return (
-            len(c) * next_token_losses(transformer, c.long(), y, transformer.device, tokenizer).double().cpu()
-        )  # (N,)
+        by_position = next_token_losses(transformer, c.long(), y, transformer.device, tokenizer)  # (N,)
+        return len(c) * by_position.double().cpu()
 
     result: dict[str, Any] = {"train_images": len(train_codes), "heldout_images": len(codes)}
-    for name, c, y in (("train", train_codes, train_labels), ("heldout", codes, run.labels)):
+    for name, c, y in (
+        ("train", train_codes, train_labels[: len(train_codes)]), ("heldout", codes, run.labels[: len(codes)]),
+    ):  # fmt: skip
         values = sum(run.team.map(losses, ENCODE_BATCH, f"next-token loss, {name}", c, y)) / len(c)
         result |= {name: float(values.mean()), f"{name}_by_position": values.tolist()}
     transformer.eval()
@@ -235,7 +236,9 @@ def entropy_by_position(run: Evaluation, codes: Tensor) -> Tensor:
     def entropies(c: Tensor, y: Tensor) -> Tensor:
         return len(c) * next_token_entropy(logits_of, c.long().to(device), y.to(device))
 
-    return sum(run.team.map(entropies, ENCODE_BATCH, "next-token entropy", codes, run.labels)) / len(codes)
+    return sum(run.team.map(entropies, ENCODE_BATCH, "next-token entropy", codes, run.labels[: len(codes)])) / len(
+        codes
+    )
 
 
 def references(run: Evaluation, real: Views, train: Views, train_labels: Tensor) -> dict[str, Any]:
