@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectralar import SpectralARPipeline, SpectralARTransformer, SpectralTokenizer
+from spectralar.inference.feedback import feedback_for
 from spectralar.inference.generation import TokenGenerator
 from spectralar.layers import KVCache
 from spectralar.sampling import guide, sample_tokens
@@ -154,7 +155,8 @@ def plain_sampler(pipeline: SpectralARPipeline, batch: int) -> Callable[[], Tens
     def sample() -> Tensor:
         codes = torch.zeros(batch, n, dtype=torch.long, device=device)
         uniforms = torch.rand(batch, n, generator=torch.Generator().manual_seed(0)).to(device)
-        generator = TokenGenerator(transformer, labels, codes, uniforms)
+        feedback = feedback_for(transformer, pipeline.tokenizer, batch)
+        generator = TokenGenerator(transformer, labels, codes, uniforms, feedback=feedback)
         for index in range(n):
             generator.sample(index, GUIDANCE)
         return codes

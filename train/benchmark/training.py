@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 
 from spectralar import SpectralARTransformer, SpectralTokenizer
+from spectralar.inference.feedback import expected_latents
 
 from ..configs.config import StageConfig, TokenizerStage, TransformerStage
 from ..configs.reading import load_config
 from ..objectives.nested import nested_loss, sample_lengths
-from ..objectives.next_token import next_token_loss
+from ..objectives.next_token import drawn_positions, next_token_loss
 from ..runs.engine import make_ema
 from ..runs.hardware import keep_freed_memory
 from ..runs.optimizers import make_optimizer
@@ -61,7 +62,8 @@ def training(suite: Suite, shape: Shape, name: str, stage: StageConfig) -> Resul
     if name == "tokenizer":
         step = tokenizer_step(SpectralTokenizer(**tokenizer_sizes), stage, suite.device)
     else:
-        step = transformer_step(SpectralARTransformer(**transformer_sizes), stage, suite.device)
+        tokenizer = SpectralTokenizer(**tokenizer_sizes).to(suite.device)
+        step = transformer_step(SpectralARTransformer(**transformer_sizes), tokenizer, stage, suite.device)
     flops = count_flops(step.backward)
     samples = suite.time({"step": step.whole, "backward": step.backward, "update": step.update}, 1 / 2)
     time, peak = medians(samples), suite.machine.matmul_rate() / 1e9
@@ -102,11 +104,21 @@ def tokenizer_step(model: SpectralTokenizer, stage: TokenizerStage, device: torc
     return _step(model, loss, stage, device)
 
 
-def transformer_step(model: SpectralARTransformer, stage: TransformerStage, device: torch.device) -> Step:
+def transformer_step(
+    model: SpectralARTransformer, tokenizer: SpectralTokenizer, stage: TransformerStage, device: torch.device
+) -> Step:
     config = model.to(device).train().config
     codes = torch.randint(config.codebook_size, (stage.batch_size, config.num_tokens)).to(device)
     labels = torch.randint(config.num_classes + 1, (stage.batch_size,)).to(device)
-    return _step(model, lambda forward: next_token_loss(forward(codes[:, :-1], labels), codes).mean(), stage, device)
+    places = drawn_positions(config.num_tokens, torch.Generator().manual_seed(0))
+
+    def loss(forward: Callable) -> torch.Tensor:
+        if not config.decoder_feedback:
+            return next_token_loss(forward(codes[:, :-1], labels), codes).mean()
+        at, expected = torch.tensor(places, device=device), expected_latents(tokenizer, codes, places)
+        return next_token_loss(forward(codes[:, :-1], labels, expected, at), codes[:, at]).mean()
+
+    return _step(model, loss, stage, device)
 
 
 def _step(model: torch.nn.Module, loss: Callable, stage: StageConfig, device: torch.device) -> Step:
