@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, Self
 
 import torch
@@ -314,3 +315,14 @@ def init_weights(module: nn.Module) -> None:
                 nn.init.zeros_(m.bias)
         elif isinstance(m, nn.Embedding):
             nn.init.normal_(m.weight, std=0.02)
+
+
+@lru_cache(maxsize=32)
+def encoder_mask(num_patches: int, num_tokens: int, device: torch.device) -> Tensor:
+    """(P + n, P + n), True where the row may look: patches at patches, token i at patches and tokens j <= i."""
+    size = num_patches + num_tokens
+    with torch.inference_mode(False):
+        mask = torch.ones(size, size, dtype=torch.bool, device=device)
+        mask[:, num_patches:] = False
+        mask[num_patches:, num_patches:] = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
+        return mask

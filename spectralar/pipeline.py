@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from .inference.feedback import feedback_for
 from .inference.offloading import Offloading
 from .inference.streaming import FrameStream
 from .interface.arguments import GenerationArguments, check_components, check_usable, prepare, returned_latents
-from .interface.files import OptionalComponents, download, holds_safetensors, write_loader
+from .interface.files import OptionalComponents, PipelineFiles
 from .interface.image import ImageInput, to_model_input
 from .interface.labels import ClassLabels, LabelNames
 from .interface.outputs import OUTPUT_TYPES, Images, SpectralARPipelineOutput, SpectralARStep, as_output, to_output
@@ -30,7 +28,7 @@ from .tokenizer import SpectralTokenizer
 from .transformer import SpectralARTransformer
 
 
-class SpectralARPipeline(RunAttributes, Offloading, DiffusionPipeline):
+class SpectralARPipeline(RunAttributes, Offloading, PipelineFiles, DiffusionPipeline):
     r"""
     Class-conditional image generation by spectral tokens, coarse to fine (SpectralAR, arXiv 2506.10962).
 
@@ -376,35 +374,3 @@ class SpectralARPipeline(RunAttributes, Offloading, DiffusionPipeline):
     ) -> Tensor:
         with self._on_device(tokenizer):
             return tokenizer.decode(codes, num_tokens)
-
-    # ------------------------------------------------------------------------------------------------ files
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As `DiffusionPipeline.save_pretrained`, with a `pipeline.py` for the generic loader:
-
-        `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)`
-
-        A `pipeline.py` of your own that is there already stays as it is, and a warning says so.
-        """
-        write_loader(Path(save_directory))
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> SpectralARPipeline:
-        """As `DiffusionPipeline.from_pretrained`, from a folder or a Hub id, in float32 unless `dtype` says otherwise.
-
-        A Hub id is downloaded first: diffusers itself loads components from outside the library from folders only.
-        Pickles are loaded from folders that hold nothing else, as the library does, of the Hub only with
-        `use_safetensors=False`; `use_safetensors=True` never loads one.
-
-        Raises:
-            ValueError: if it is neither a folder nor a Hub id.
-        """
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", torch.float32)  # or it would be the default of whoever loads
-        folder = pretrained_model_name_or_path
-        if not (isinstance(folder, str | os.PathLike) and os.path.isdir(folder)):
-            folder = download(folder, kwargs)
-        if holds_safetensors(folder):
-            kwargs.setdefault("use_safetensors", True)
-        return super().from_pretrained(folder, **kwargs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -15,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from .checks import check_codes, check_lengths, check_pixels, integer, odd_kind, scalar
-from .layers import Block, KVCache, LayerwiseCasting, attend, init_weights
+from .layers import Block, KVCache, LayerwiseCasting, attend, encoder_mask, init_weights
 from .quantizer import FiniteScalarQuantizer, QuantizerOutput, VectorQuantizer, nested_codebook_sizes
 from .shortcut import RunningSpectrum, SpectralShortcut
 from .spectral import check_cutoffs, cutoff_schedule, idct2, low_pass
@@ -27,17 +26,6 @@ LayerKV = list[tuple[Tensor, Tensor]]
 # as many as keep them busy. More would only take more memory.
 ROWS_AT_ONCE = {"cpu": 2048}
 ROWS_AT_ONCE_ELSEWHERE = 32768
-
-
-@lru_cache(maxsize=32)
-def encoder_mask(num_patches: int, num_tokens: int, device: torch.device) -> Tensor:
-    """(P + n, P + n), True where the row may look: patches at patches, token i at patches and tokens j <= i."""
-    size = num_patches + num_tokens
-    with torch.inference_mode(False):
-        mask = torch.ones(size, size, dtype=torch.bool, device=device)
-        mask[:, num_patches:] = False
-        mask[num_patches:, num_patches:] = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
-        return mask
 
 
 def _below(lengths: Tensor, n: int) -> Tensor:

@@ -57,6 +57,12 @@ def test_code_points_to_documents_that_users_have():
             assert not anchor or anchor in anchors(ROOT / page), f"{path}: {page} has no heading {anchor}"
 
 
+def test_folders_that_examples_load_are_there():
+    examples = [line for path in PYTHON for line in path.read_text(encoding="utf-8").splitlines() if ">>>" in line]
+    folders = re.findall(r'from_pretrained\("([^"]+)"', "\n".join(examples))
+    assert folders and not [folder for folder in folders if not (ROOT / folder).is_dir()]
+
+
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):

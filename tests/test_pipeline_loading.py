@@ -180,10 +180,12 @@ def test_a_device_map(pipe, folder):
 
 
 def test_shards(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert "transformer/diffusion_pytorch_model.safetensors.index.json" in files(tmp_path)
-    assert_same(SpectralARPipeline.from_pretrained(tmp_path), pipe)
-    assert_same(DiffusionPipeline.from_pretrained(tmp_path, **GENERIC), pipe)
+    pipe.save_pretrained(tmp_path / "safe", max_shard_size="20KB")
+    assert "transformer/diffusion_pytorch_model.safetensors.index.json" in files(tmp_path / "safe")
+    assert_same(SpectralARPipeline.from_pretrained(tmp_path / "safe"), pipe)
+    assert_same(DiffusionPipeline.from_pretrained(tmp_path / "safe", **GENERIC), pipe)
+    pipe.save_pretrained(tmp_path / "pickles", max_shard_size="20KB", safe_serialization=False)
+    assert_same(SpectralARPipeline.from_pretrained(tmp_path / "pickles"), pipe)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])

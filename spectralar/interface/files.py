@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -69,3 +70,36 @@ def download(repo_id: Any, kwargs: dict[str, Any]) -> str:
     # Weights of other variants have their name between two dots: diffusion_pytorch_model.fp16.safetensors.
     others = [f"*/*.*.{ending}"] if kwargs.get("variant") is None else []
     return snapshot_download(repo_id, allow_patterns=["*.json", f"*.{ending}"], ignore_patterns=others, **arguments)
+
+
+class PipelineFiles:
+    """For pipelines from outside the library: how they are saved, and loaded from folders and the Hub."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `DiffusionPipeline.save_pretrained`, with a `pipeline.py` for the generic loader:
+
+        `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)`
+
+        A `pipeline.py` of your own that is there already stays as it is, and a warning says so.
+        """
+        write_loader(Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """As `DiffusionPipeline.from_pretrained`, from a folder or a Hub id, in float32 unless `dtype` says otherwise.
+
+        A Hub id is downloaded first: diffusers itself loads components from outside the library from folders only.
+        Pickles are loaded from folders that hold nothing else, as the library does, of the Hub only with
+        `use_safetensors=False`; `use_safetensors=True` never loads one.
+
+        Raises:
+            ValueError: if it is neither a folder nor a Hub id.
+        """
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", torch.float32)  # or it would be the default of whoever loads
+        folder = pretrained_model_name_or_path
+        if not (isinstance(folder, str | os.PathLike) and os.path.isdir(folder)):
+            folder = download(folder, kwargs)
+        kwargs.setdefault("use_safetensors", holds_safetensors(folder))
+        return super().from_pretrained(folder, **kwargs)
