@@ -2,8 +2,9 @@
 
     python -m tests.screenshots
 
-Writes to assets/figures: TAB-light.webp, TAB-dark.webp and TAB-phone.webp of each tab after its first example, and
-generation.gif, the animation that the page offers for download. Seeds are fixed, nothing is chosen.
+Writes to assets/figures: TAB-light.webp, TAB-dark.webp and TAB-phone.webp of each tab after its first example;
+generation.gif, the animation that the page offers for download; samples.png, classes by seeds; and prefix-strips.png,
+the first of them coarse to fine. Seeds are 0, 1, 2, .., nothing is chosen but the classes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from spectralar.demo.export import animation
 from spectralar.demo.model import Model
 from spectralar.demo.page import TABS, build, launch_options
 from spectralar.demo.start import MODELS, find_models
+from train.evaluation.report_figures import draw_grid
 
 FIGURES = Path(__file__).parent.parent / "assets" / "figures"
 VIEWS = {  # width, height of what is shown at once, longest picture, theme
@@ -41,15 +43,39 @@ SUBJECTS = {
     "remix": [(("#remix-try button", 0), "#remix-strip svg")],
     "card": [(None, "#figure-cutoff-schedule svg")],
 }
-CLASSES = 8  # of the animation, the first ones, one image each
+# Of the animation and the sheet; of another model, those that the page shows to try.
+CLASSES = (
+    "sports shoe", "handbag", "watch", "sunglasses", "belt", "cap", "backpack", "perfume", "shirt", "tie",
+)  # fmt: skip
+SEEDS, GUIDANCE = 10, 2.0
 TIMEOUT = 240_000  # ms, for a tab to have drawn what it shows
 
 
+def shown_classes(model: Model) -> list[int]:
+    """Class ids of the pictures."""
+    named = [model.class_names.index(name) for name in CLASSES if name in model.class_names]
+    return named if len(named) == len(CLASSES) else model.examples
+
+
+def draw_samples(model: Model, folder: Path) -> None:
+    """samples.png, a row for each class and a column for each seed, and prefix-strips.png of the first column."""
+    classes = shown_classes(model)
+    labels = [label for label in classes for _ in range(SEEDS)]
+    generators = [torch.Generator().manual_seed(i % SEEDS) for i in range(len(labels))]
+    codes = model.pipe(labels, guidance_scale=GUIDANCE, generator=generators, output_type="latent").codes
+    rows = [model.class_names[label] for label in classes]
+    images = (model.pipe.decode(codes) * 2 - 1).unflatten(0, (-1, SEEDS))
+    draw_grid(images, rows, [f"seed {i}" for i in range(SEEDS)], folder / "samples.png")
+    lengths = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= model.num_tokens]
+    strips = model.pipe.decode(codes[::SEEDS], lengths) * 2 - 1
+    draw_grid(strips, rows, [f"k = {k}" for k in lengths], folder / "prefix-strips.png")
+
+
 def generation_gif(model: Model) -> bytes:
-    """The first classes of the model, one image each, seed 0, coarse to fine."""
-    labels = list(range(min(CLASSES, len(model.class_names))))
+    """One image of each class, seed 0, coarse to fine."""
+    labels = shown_classes(model)
     generators = [torch.Generator().manual_seed(0) for _ in labels]
-    steps = model.pipe.stream(labels, guidance_scale=2.0, generator=generators, output_type="np")
+    steps = model.pipe.stream(labels, guidance_scale=GUIDANCE, generator=generators, output_type="np")
     frames = [(step.images * 255).round().astype("uint8") for step in steps]
     return animation([f[..., 0] if f.shape[-1] == 1 else f for f in frames], "GIF")
 
@@ -88,14 +114,17 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     model = Model.load(options.model or find_models(MODELS)[0], None)
     (options.output / "generation.gif").write_bytes(generation_gif(model))
+    draw_samples(model, options.output)
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    demo = build(model)
+    demo, first = build(model), model.class_names[model.examples[0]]
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for view, (width, height, longest, theme) in VIEWS.items():
             page = browser.new_page(viewport={"width": width, "height": height})
-            page.goto(f"{url}?__theme={theme}&class={model.class_names[-1]}&seed=0&count=8", timeout=TIMEOUT)
+            page.goto(
+                f"{url}?__theme={theme}&class={model.class_names[model.examples[0]]}&seed=0&count=8", timeout=TIMEOUT
+            )
             page.wait_for_selector(SUBJECTS["generate"][0][1], timeout=TIMEOUT)
             for tab in TABS:
                 slug = tab.__name__.rpartition(".")[2]
