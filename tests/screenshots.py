@@ -122,9 +122,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for view, (width, height, longest, theme) in VIEWS.items():
             page = browser.new_page(viewport={"width": width, "height": height})
-            page.goto(
-                f"{url}?__theme={theme}&class={model.class_names[model.examples[0]]}&seed=0&count=8", timeout=TIMEOUT
-            )
+            page.goto(f"{url}?__theme={theme}&class={first}&seed=0&count=8", timeout=TIMEOUT)
             page.wait_for_selector(SUBJECTS["generate"][0][1], timeout=TIMEOUT)
             for tab in TABS:
                 slug = tab.__name__.rpartition(".")[2]
