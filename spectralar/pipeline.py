@@ -141,8 +141,8 @@ class SpectralARPipeline(RunAttributes, Offloading, PipelineFiles, DiffusionPipe
         Examples:
 
         ```py
-        >>> pipe = SpectralARPipeline.from_pretrained("assets/models/fashion-mnist-32")
-        >>> out = pipe(["sneaker", 3], num_images_per_prompt=4, generator=torch.manual_seed(0))
+        >>> pipe = SpectralARPipeline.from_pretrained("assets/models/products-64")
+        >>> out = pipe(["handbag", 36], num_images_per_prompt=4, generator=torch.manual_seed(0))
         >>> out.images[0]
         ```
 
