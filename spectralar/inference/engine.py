@@ -112,8 +112,9 @@ class Engine:
     the batch first; a small one so finds room beside large ones. One that has waited as long as a sample takes goes
     before all others. Frames are decoded in the order of how many a visitor has got.
 
-    On a CPU in float32, with torch on one thread, codes are those of the request alone, to the bit; on more threads
-    and other devices up to rounding, which gives another token where a random number falls between two sums.
+    On a CPU in float32, with torch on one thread, codes are those of the request alone, to the bit (see
+    `generation.rows_to_run` for CPUs where that is not so); on more threads and other devices up to rounding, which
+    gives another token where a random number falls between two sums.
 
     Args:
         transformer, tokenizer: the models, on their device, in eval mode.
