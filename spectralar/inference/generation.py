@@ -205,8 +205,8 @@ def rows_to_run(transformer: SpectralARTransformer, rows: int) -> int:
 
     BLAS sums in another order for one to three rows than for more. So filled up, an image's logits are the same to
     the bit whatever it is sampled with, also by an `Engine`, if torch runs on one thread. Not so on Intel's CPUs with
-    AVX-512: there MKL sums in another order for up to 15 rows, the more the wider the model, and logits are the same up
-    to rounding. With decoder feedback the same holds for the images that are decoded side by side.
+    AVX-512: there MKL sums in another order for up to 15 rows, the more the wider the model, and logits are the same
+    up to rounding. With decoder feedback the same holds for the images that are decoded side by side.
     """
     return -(-rows // ROWS_TOGETHER) * ROWS_TOGETHER if sums_in_order(transformer) else rows
 
