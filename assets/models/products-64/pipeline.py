@@ -1,0 +1,1 @@
+from spectralar.pipeline import SpectralARPipeline  # noqa: F401
