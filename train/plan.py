@@ -18,12 +18,14 @@ from typing import NamedTuple
 
 import torch
 
+from spectralar.inference.feedback import FRAMES_AT_ONCE
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.transformer import SpectralARTransformer
 
 from .configs.config import Config, StageConfig
+from .objectives.next_token import STRATA, middle_positions
 from .runs.command_line import make_parser, parse_settings
-from .runs.costs import TokenizerCost, TransformerCost, extra_flops
+from .runs.costs import FeedbackCost, TokenizerCost, TransformerCost, extra_flops
 from .runs.optimizers import Muon, make_optimizer
 
 
@@ -59,10 +61,13 @@ class StagePlan:
     name: str
     stage: StageConfig
     parameters: int
+    trained: int  # of these
     flops_per_image: float
     activations_per_image: float  # bytes
     devices: int
     matrices: list[torch.Size]  # that Muon steps; the other parameters are AdamW's
+    fixed: int  # numbers beside those that are trained, float32: buffers, a frozen codebook, the tokenizer in stage 2
+    decoding_per_image: float = 0  # bytes, by decoder feedback
 
     @property
     def flops(self) -> float:
@@ -77,16 +82,19 @@ class StagePlan:
 
     def state_bytes(self, shards: int = 1) -> float:
         """16 bytes a parameter: float32 weight, Adam's two moments (Muon has one), average. In shards with FSDP; else
-        all of it on every device and, on several, 4 more for DDP's buckets. 2 more where products run in half."""
+        all of it on every device and, on several, 4 more for DDP's buckets. 2 more where products run in half. And 4
+        for each number that is fixed."""
         buckets = 4 * (self.devices > 1 and shards == 1)
         half = 2 * (self.stage.mixed_precision != "no")
         saved = 4 * sum(map(math.prod, self.matrices)) / shards
-        return self.parameters * (16 / shards + buckets + half) - saved
+        return self.trained * (16 / shards + buckets + half) - saved + 4 * self.fixed
 
     def passing_bytes(self, shards: int = 1) -> float:
-        """Activations, and gradients, which come as those go, unless earlier rounds of the step have left some."""
-        activations = self.images_at_once * self.activations_per_image
-        gradients = 4 * self.parameters / shards
+        """Activations, and gradients, which come as those go, unless earlier rounds of the step have left some. What
+        decoder feedback takes is gone before there are activations."""
+        decoding = min(self.images_at_once, FRAMES_AT_ONCE // (1 + STRATA)) * self.decoding_per_image
+        activations = max(self.images_at_once * self.activations_per_image, decoding)
+        gradients = 4 * self.trained / shards
         return activations + gradients if self.stage.grad_accumulation > 1 else max(activations, gradients)
 
     def memory(self, shards: int = 1) -> float:
@@ -106,6 +114,7 @@ def make_models(config: Config, num_classes: int) -> tuple[SpectralTokenizer, Sp
             num_classes=num_classes, codebook_size=tokenizer.config.codebook_size,
             num_tokens=tokenizer.config.num_tokens, **asdict(config.transformer),
         )  # fmt: skip
+    tokenizer.quantizer.requires_grad_(config.tokenizer.encoder_layers > 0)
     return tokenizer, transformer
 
 
@@ -113,27 +122,35 @@ def plan_stages(config: Config, devices: int, num_classes: int) -> list[StagePla
     tokenizer, transformer = make_models(config, num_classes)
     stage = config.train_tokenizer
     cost = TokenizerCost(tokenizer, 1 + stage.prefixes_per_step)
-    encoder, decoder = cost.encoder(), cost.decoder()
-    flops = (encoder + decoder).training + extra_flops(config)
+    encoder = cost.encoder()
+    flops = (encoder + cost.decoder() + cost.targets()).training + extra_flops(config)
     half = stage.mixed_precision != "no"
     if stage.gradient_checkpointing:
         flops += cost.recomputed()
     activations = cost.activations(half, stage.gradient_checkpointing)
+    trained = count(tokenizer, trained=True)
     first = StagePlan(
-        "tokenizer", stage, count(tokenizer), flops, activations, devices, muon_matrices(tokenizer, stage)
+        "tokenizer", stage, count(tokenizer), trained, flops, activations, devices, muon_matrices(tokenizer, stage),
+        numbers(tokenizer) - trained,
     )  # fmt: skip
 
     stage = config.train_transformer
     half = stage.mixed_precision != "no"
-    own = TransformerCost(transformer)
-    flops = own.all().training
+    feedback, places = None, range(config.tokenizer.num_tokens)
+    if config.transformer.decoder_feedback:
+        places = middle_positions(len(places))
+        feedback = FeedbackCost(tokenizer, places)
+    own = TransformerCost(transformer, len(places))
+    flops = own.all().training + (feedback.flops() if feedback else 0)
     if stage.gradient_checkpointing:
         flops += own.blocks().forward
     if stage.codes == "on-the-fly":
         flops += encoder.forward
     activations = own.activations(half, stage.gradient_checkpointing)
+    trained = count(transformer)
     second = StagePlan(
-        "transformer", stage, count(transformer), flops, activations, devices, muon_matrices(transformer, stage)
+        "transformer", stage, trained, trained, flops, activations, devices, muon_matrices(transformer, stage),
+        numbers(transformer) - trained + numbers(tokenizer), feedback.memory(half) if feedback else 0,
     )  # fmt: skip
     return [first, second]
 
@@ -145,8 +162,14 @@ def muon_matrices(model: torch.nn.Module, stage: StageConfig) -> list[torch.Size
     return [p.shape for part in parts for group in part.param_groups for p in group["params"]]
 
 
-def count(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def count(model: torch.nn.Module, trained: bool = False) -> int:
+    """Parameters, or those of them that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+
+
+def numbers(model: torch.nn.Module) -> int:
+    """Parameters and what else the model holds."""
+    return count(model) + sum(buffer.numel() for buffer in model.buffers())
 
 
 # ------------------------------------------------------------------------------------------------ what is printed

@@ -8,10 +8,10 @@ import time
 import pytest
 import torch
 
-from spectralar import SpectralARTransformer
+from spectralar import SpectralARTransformer, SpectralTokenizer
 from tests.helpers import tiny_pipeline, tiny_transformer
 from train.benchmark import __main__ as benchmark
-from train.benchmark import models, program, sampling, suite
+from train.benchmark import models, program, sampling, suite, training
 from train.benchmark.measure import (
     Machine,
     Result,
@@ -25,6 +25,9 @@ from train.benchmark.measure import (
 )
 from train.benchmark.models import Shape
 from train.benchmark.suite import Figure, Suite
+from train.configs.config import TransformerStage
+from train.objectives.next_token import drawn_positions
+from train.runs.costs import FeedbackCost, TransformerCost
 
 CPU = torch.device("cpu")
 TINY = {"num_tokens": 9, "codebook_size": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2.0}
@@ -34,6 +37,11 @@ TOY = Shape(
     TINY | {"num_classes": 3, "num_layers": 2},
 )
 TOY_COLOUR = Shape("colour toy", TOY.tokenizer | {"in_channels": 3}, TOY.transformer)
+TOY_FEEDBACK = Shape(
+    "toy with feedback",
+    TOY.tokenizer | {"spectral_shortcut": True, "encoder_layers": 0},
+    TOY.transformer | {"codebook_dim": 8, "decoder_feedback": True},
+)
 TOY_LARGE = Shape("large toy", TOY.tokenizer, TOY.transformer | {"num_layers": 3})
 
 
@@ -144,6 +152,35 @@ def test_recomputing_gives_the_tokens_of_the_pipeline():
 def test_the_plain_loop_gives_the_tokens_of_the_pipeline():
     pipeline = tiny_pipeline()
     assert torch.equal(models.plain_sampler(pipeline, 3)(), models.sampler(pipeline, 3)())
+
+
+def test_the_plain_loop_asks_for_feedback_too():
+    pipeline = TOY_FEEDBACK.build(CPU, torch.float32)
+    maps = pipeline.transformer.entry_maps
+    maps.adopt(pipeline.tokenizer.quantizer.codebook, pipeline.tokenizer.shortcut)
+    codes = models.plain_sampler(pipeline, 3)()
+    assert torch.equal(codes, models.sampler(pipeline, 3)())
+    maps.expected.data.zero_()
+    assert not torch.equal(codes, models.plain_sampler(pipeline, 3)())
+
+
+def test_a_training_step_with_feedback_costs_the_decoder_and_less_of_the_head():
+    stage = TransformerStage(batch_size=4)
+    counts = []
+    for shape in (
+        TOY_FEEDBACK,
+        Shape("", TOY_FEEDBACK.tokenizer, TOY_FEEDBACK.transformer | {"decoder_feedback": False}),
+    ):
+        tokenizer, transformer = SpectralTokenizer(**shape.tokenizer), SpectralARTransformer(**shape.transformer)
+        step = training.transformer_step(transformer, tokenizer, stage, CPU)
+        step.whole()
+        counts.append(count_flops(step.backward))
+    places = drawn_positions(9, torch.Generator().manual_seed(0))
+    own = [TransformerCost(SpectralARTransformer(**TOY_FEEDBACK.transformer), len(places)).all().training]
+    own.append(TransformerCost(transformer, 9).all().training)
+    assert counts[0] == pytest.approx(4 * (own[0] + FeedbackCost(tokenizer, places).flops()), rel=0.02)
+    assert counts[1] == pytest.approx(4 * own[1], rel=1e-6)
+    assert training.training(toy_suite(), TOY_FEEDBACK, "transformer", stage).value > 0
 
 
 @torch.no_grad()

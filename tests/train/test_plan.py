@@ -6,13 +6,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from spectralar import SpectralARTransformer, SpectralTokenizer, spectral
+from spectralar.inference.feedback import expected_latents
 from spectralar.tokenizer import encoder_mask
 from train.benchmark.measure import count_flops
-from train.configs.reading import load_config
+from train.configs.reading import available_presets, load_config
 from train.objectives.adversarial import PatchDiscriminator
 from train.objectives.losses import make_perceptual_loss
 from train.objectives.nested import nested_loss
-from train.objectives.next_token import next_token_loss
+from train.objectives.next_token import middle_positions, next_token_loss
 from train.plan import main, make_models, plan_stages
 from train.runs import optimizers
 from train.runs.costs import PERCEPTUAL_FLOPS, extra_flops
@@ -32,6 +33,13 @@ def no_fake_tensor_stays():
         kept.cache_clear()
 
 
+class Feedback(torch.nn.Module):
+    """`expected_latents` as a module: the memory tracker wants one around others that are called twice."""
+
+    def forward(self, *arguments) -> torch.Tensor:
+        return expected_latents(*arguments)
+
+
 class Measured:
     """Both models of a preset, for `images` images, and their losses; a copy of what a training step computes."""
 
@@ -40,6 +48,7 @@ class Measured:
         tokenizer, transformer = make_models(config, CLASSES)
         self.tokenizer = SpectralTokenizer.from_config(tokenizer.config).train()
         self.transformer = SpectralARTransformer.from_config(transformer.config).train()
+        self.tokenizer.quantizer.requires_grad_(c.encoder_layers > 0)  # as stage 1 does
         if checkpointing:
             self.tokenizer.enable_gradient_checkpointing()
             self.transformer.enable_gradient_checkpointing()
@@ -49,15 +58,19 @@ class Measured:
         self.codes = torch.zeros(images, c.num_tokens, dtype=torch.long)
         self.labels = torch.zeros(images, dtype=torch.long)
         self.half = config.train_tokenizer.mixed_precision != "no"
+        self.feedback = config.transformer.decoder_feedback
 
     def loss(self, stage: str) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
             if stage == "tokenizer":
                 frames, quantized, _ = self.tokenizer(self.images, self.lengths)
+            elif self.feedback:
+                at = middle_positions(self.codes.shape[1])
+                expected = Feedback()(self.tokenizer, self.codes, at)
+                logits = self.transformer(self.codes[:, :-1], self.labels, expected, torch.tensor(at))
+                return next_token_loss(logits, self.codes[:, at]).mean()
             else:
-                logits = self.transformer(self.codes[:, :-1], self.labels)
-        if stage == "transformer":
-            return next_token_loss(logits, self.codes).mean()
+                return next_token_loss(self.transformer(self.codes[:, :-1], self.labels), self.codes).mean()
         cutoffs = torch.tensor((1, *self.tokenizer.cutoffs))
         losses = nested_loss(frames, self.images, self.lengths, cutoffs)
         return losses["full"] + losses["prefix"] + quantized.codebook_loss + quantized.commitment_loss
@@ -74,7 +87,22 @@ def load(preset: str, *overrides: str):
     ("fashion-mnist-32", True), ("tiny-imagenet-64", False), ("imagenet-256-d16", True),
 ])  # fmt: skip
 def test_operations_are_those_counted(preset, checkpointing):
-    config = load(preset, "train_tokenizer.perceptual=", "train_tokenizer.adversarial=")
+    operations_are_those_counted(load(preset), checkpointing)
+
+
+@pytest.mark.parametrize("settings", [
+    "tokenizer.encoder_layers=0",
+    "tokenizer.encoder_layers=1",
+    "tokenizer.encoder_layers=0 transformer.decoder_feedback=false",
+    "tokenizer.encoder_layers=1 transformer.decoder_feedback=false transformer.codebook_dim=0",
+    "tokenizer.encoder_layers=1 transformer.decoder_feedback=false tokenizer.spectral_shortcut=false",
+])  # fmt: skip
+def test_operations_with_a_shortcut_and_what_is_told_to_the_transformer(settings):
+    operations_are_those_counted(load("products-64", *settings.split()), checkpointing="encoder_layers=0" in settings)
+
+
+def operations_are_those_counted(config, checkpointing: bool) -> None:
+    config.train_tokenizer.perceptual = config.train_tokenizer.adversarial = ""
     for stage in (config.train_tokenizer, config.train_transformer):
         stage.gradient_checkpointing = checkpointing
     plans = {plan.name: plan for plan in plan_stages(config, 1, CLASSES)}
@@ -103,11 +131,13 @@ def test_muon_costs_what_is_counted(monkeypatch):
             moments = sum(x.nbytes for state in optimizer.state.values() for x in state.values())
         assert plan.flops - plain.flops == pytest.approx(counted, rel=1e-6) and counted > 0
         assert devices.flops - plain.flops == pytest.approx(3 * counted, rel=1e-6)
-        assert plan.state_bytes() == pytest.approx(8 * plan.parameters + moments, rel=1e-3)
+        assert plan.state_bytes() == pytest.approx(8 * plan.parameters + moments + 4 * plan.fixed, rel=1e-3)
 
 
-def test_codes_encoded_on_the_way_cost_the_encoder():
-    config = load("fashion-mnist-32")
+@pytest.mark.parametrize("shortcut, layers", [("false", 3), ("true", 0), ("true", 1)])
+def test_codes_encoded_on_the_way_cost_the_encoder(shortcut, layers):
+    settings = f"tokenizer.spectral_shortcut={shortcut}", f"tokenizer.encoder_layers={layers}"
+    config = load("fashion-mnist-32", *settings)
     stored = plan_stages(config, 1, CLASSES)[1].flops_per_image
     config.train_transformer.codes = "on-the-fly"
     tokenizer = SpectralTokenizer.from_config(make_models(config, CLASSES)[0].config)
@@ -132,10 +162,14 @@ def test_networks_that_judge_cost_what_is_counted():
 
 def peak_bytes(measured: Measured, name: str, stage) -> int:
     """The largest sum of all tensors in two steps, with Adam's moments and the average."""
-    model = getattr(measured, name)
+    model, quantizer = getattr(measured, name), measured.tokenizer.quantizer
+    if not quantizer.codebook.requires_grad:  # the tracker hangs hooks on all parameters: this one as a buffer
+        codebook = quantizer.codebook.detach()
+        del quantizer.codebook
+        quantizer.register_buffer("codebook", codebook)
     optimizer, ema = make_optimizer(model, stage), make_ema(list(model.parameters()), stage.ema_decay)
     tracker = MemTracker()
-    tracker.track_external(model, optimizer, *ema.shadow_params)
+    tracker.track_external(measured.tokenizer, model, optimizer, *ema.shadow_params)
     with tracker:
         for step in range(2):
             measured.loss(name).backward()
@@ -149,6 +183,7 @@ def peak_bytes(measured: Measured, name: str, stage) -> int:
 
 @pytest.mark.parametrize("preset, checkpointing, precision", [
     ("fashion-mnist-32", False, "no"), ("tiny-imagenet-64", True, "bf16"), ("imagenet-256-d16", False, "bf16"),
+    ("products-64", False, "no"),
 ])  # fmt: skip
 def test_memory_is_that_of_the_peak(preset, checkpointing, precision):
     config = load(preset)
@@ -168,9 +203,10 @@ def test_more_devices_have_less_to_hold_and_to_do():
         assert shared.flops == alone.flops
         assert shared.hours(989, 0.35) == pytest.approx(alone.hours(989, 0.35) / 128)
         assert shared.images_at_once == alone.images_at_once / 128
-        assert alone.state_bytes() == 18 * alone.parameters  # bf16 copies beside float32
-        assert shared.state_bytes() == 22 * alone.parameters
-        assert shared.state_bytes(128) == (16 / 128 + 2) * alone.parameters
+        fixed = 4 * (one[0].parameters if alone is one[1] else 0)  # the tokenizer that stage 2 holds
+        assert alone.state_bytes() == 18 * alone.parameters + fixed  # bf16 copies beside float32
+        assert shared.state_bytes() == 22 * alone.parameters + fixed
+        assert shared.state_bytes(128) == (16 / 128 + 2) * alone.parameters + fixed
         seconds = alone.flops * alone.stage.steps / (989e12 * 0.35)
         assert alone.hours(989, 0.35) == pytest.approx(seconds / 3600)
     assert one[1].parameters == pytest.approx(310e6, rel=0.02)  # the paper's
@@ -182,6 +218,12 @@ def test_rounds_keep_fewer_activations_beside_the_gradients():
     config.train_tokenizer.grad_accumulation = 16
     rounds = plan_stages(config, 1, 1000)[0]
     assert rounds.passing_bytes() == pytest.approx(whole / 16 + 4 * rounds.parameters)
+
+
+@pytest.mark.parametrize("preset", available_presets())
+def test_each_preset_has_a_plan(preset, capsys):
+    main([preset])
+    assert capsys.readouterr().out.startswith(f"{preset} on 1 h100\n")
 
 
 def test_the_plan_is_printed(capsys):

@@ -37,6 +37,11 @@ def drawn_positions(num_tokens: int, generator: torch.Generator) -> list[int]:
     return [0, *(part[int(u * len(part))] for part, u in zip(strata(num_tokens), draws, strict=False))]
 
 
+def middle_positions(num_tokens: int) -> list[int]:
+    """The same of the middle of each part: a step that draws them takes as long as steps do on average."""
+    return [0, *(part[len(part) // 2] for part in strata(num_tokens))]
+
+
 @torch.no_grad()
 def next_token_losses(
     model: SpectralARTransformer, codes: Tensor, labels: Tensor, device: torch.device, tokenizer: SpectralTokenizer

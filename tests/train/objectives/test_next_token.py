@@ -7,7 +7,7 @@ import torch
 
 from spectralar.inference.feedback import all_logits
 from tests.helpers import tiny_pipeline
-from train.objectives.next_token import drawn_positions, next_token_loss, next_token_losses, strata
+from train.objectives.next_token import drawn_positions, middle_positions, next_token_loss, next_token_losses, strata
 
 
 def test_cross_entropy_by_position_is_the_mean_over_images():
@@ -39,7 +39,9 @@ def test_positions_drawn_are_the_first_and_one_of_each_stratum_evenly():
     for part in strata(64):
         expected = 3000 / len(part)
         assert all(abs(counts[t] - expected) < 6 * expected**0.5 for t in part)
-    assert drawn_positions(1, generator) == [0]
+    assert drawn_positions(1, generator) == middle_positions(1) == [0]
+    means = torch.tensor(drawn, dtype=torch.float64).mean(dim=0)
+    assert torch.allclose(means, torch.tensor(middle_positions(64)).double(), atol=1)
 
 
 def test_losses_of_a_model_with_feedback_are_those_of_its_logits():
