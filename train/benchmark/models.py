@@ -217,7 +217,7 @@ def next_scale_sampler(
             x = x + position_embed[start : start + count]
             for layer, block in enumerate(transformer.blocks):
                 x = _next_scale_block(block, x, conditioning.blocks[:, layer], cache, layer, start)
-            cond, uncond = transformer._logits(x, conditioning).chunk(2)
+            cond, uncond = transformer._logits(x, conditioning, slice(start, start + count)).chunk(2)
             uniforms = torch.rand(batch * count, generator=generator).to(device)
             codes = sample_tokens(guide(cond, uncond, GUIDANCE).flatten(0, 1), uniforms).view(batch, 1, side, side)
             if following:
