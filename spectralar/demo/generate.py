@@ -20,7 +20,7 @@ from .export import EXPORTS, enlarged, export_file, png_data_url, sheet
 from .links import Link, Linked
 from .model import MAX_SEED, Model, Sampled
 from .runs import MAX_IMAGES, Run, Settings, stream
-from .scrubber import scrubber
+from .scrubber import enable_buttons, scrubber
 from .tiles import tiles
 
 TITLE = "Generate"
@@ -126,6 +126,8 @@ def build(model: Model) -> Linked:
                 }
             file = gr.DownloadButton(visible="hidden", elem_id="export-file")
 
+    exports = list(downloads.values())
+    enable_buttons(view, idle=[go], busy=[stop], some=[fresh], whole=[same, *exports])
     tab = _Tab(model, list(controls.values()), view, go, stop, same, fresh, downloads, gr.State(None))
     tab.listen(examples)
     tab.listen_to_downloads(file)
@@ -157,10 +159,11 @@ class _Tab:
         self.opening = cache(self._opening)
 
     def listen(self, examples: gr.HTML) -> None:
-        outputs = [self.view, self.run, self.go, self.stop, self.same, self.fresh, *self.downloads.values()]
+        outputs = [self.view, self.run]
         options = {
             "inputs": self.controls, "outputs": outputs, "concurrency_id": "sample", "concurrency_limit": SAMPLERS,
             "show_progress": "hidden", "api_visibility": "private",
+            "preprocess": False,  # `Settings` checks all values; Gradio would wait for a thread with each
         }  # fmt: skip
         label, _, seed, *_, prefix = self.controls
         runs = [self.go.click(self.generate, **options)]
@@ -194,27 +197,13 @@ class _Tab:
             settings = Settings.checked(self.model, *values)
         with closing(stream(self.model, settings)) as runs:
             for run in runs:
-                # Buttons change at the beginning and at the end only; between them the frames travel alone.
-                whole = not run.frames or not run.value["busy"]
-                yield self.show(run) if whole else {self.view: run.snapshot()}
-
-    def show(self, run: Run) -> dict:
-        """Everything as it should be at a moment of a run."""
-        busy, has_frames = run.value["busy"], bool(run.frames)
-        return {
-            self.view: run.snapshot(),
-            self.run: run,
-            self.go: gr.Button(interactive=not busy),
-            self.stop: gr.Button(interactive=busy),
-            self.same: gr.Button(interactive=not busy),
-            self.fresh: gr.Button(interactive=True),
-        } | {button: gr.Button(interactive=has_frames and not busy) for button in self.downloads.values()}
+                yield {self.view: run.snapshot()} | ({} if run.frames else {self.run: run})
 
     def stopped(self, run: Run | None) -> dict:
         if run is None:  # stopped while waiting for its turn
-            return {self.go: gr.Button(interactive=True), self.stop: gr.Button(interactive=False)}
+            return {self.view: gr.skip()}
         run.finish(stopped=True)
-        return self.show(run)
+        return {self.view: run.snapshot()}
 
     def settings_of(self, run: Run) -> list[Any]:
         """The controls' values that made a run."""
@@ -246,7 +235,8 @@ class _Tab:
         query = request.query_params
         if "seed" in query or query.get("tab", "generate") != "generate":
             return {self.view: gr.skip()}  # an empty dict would count as a value for the first output
-        return self.show(self.opening())
+        run = self.opening()
+        return {self.view: run.snapshot(), self.run: run}
 
 
 # -------------------------------------------------------------------------------------------------- endpoints

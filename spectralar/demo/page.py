@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ ICON = "data:image/svg+xml," + quote(
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
 SYSTEM_MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
 HOUR = 3600
+# Gradio's statistics of its functions are shown nowhere here. It makes them anew, of 10,000 events, at each event.
+STATISTICS = {"GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9), "GRADIO_ANALYTICS_MAX_EVENTS": "1"}
 
 # The address has been read. What the visitor's link asked for is run as if it had been clicked.
 OPENED = (
@@ -57,6 +60,7 @@ def build(model: Model, *others: Model) -> gr.Blocks:
                 # Gradio has counted equal names, among them those of handlers: generate_6.
                 name = re.sub(r"_\d+$", "", function.api_name)
                 function.api_name = f"{name}_{page.current_page.replace('-', '_')}"
+    os.environ.update(STATISTICS)
     return demo.queue(max_size=64, api_open=False)
 
 
@@ -131,7 +135,7 @@ def launch_options(mcp: bool = False) -> dict[str, Any]:
         "enable_monitoring": False,
         "max_file_size": "40mb",
         "max_threads": generate.SAMPLERS + 40,  # one for each who is served
-        "state_session_capacity": 500,
+        "state_session_capacity": 128,  # who is served and who waits; each takes about a megabyte
         "ssr_mode": False,
         "mcp_server": mcp,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import uuid
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ MAX_WIDTH = 16_383  # of WebP
 
 
 class StripEncoder:
-    """Encodes strips within a byte budget: lossless WebP where it fits, lossy where not, then smaller tiles.
+    """Encodes strips within a byte budget: lossless WebP, or PNG if grey, where it fits, then lossy, then smaller.
 
     Every strip may take an even share of what is left, so that the coarse ones, which are small, leave more to the
     others. A step down holds for all later strips: a picture does not change in quality back and forth.
@@ -55,7 +56,8 @@ class StripEncoder:
             data = self._compress(strip)
             if len(data) <= budget or len(tiles[0]) // self.reduction <= 8:
                 self.num_left, self.bytes_left = self.num_left - 1, self.bytes_left - len(data)
-                return "data:image/webp;base64," + base64.b64encode(data).decode("ascii")
+                kind = "png" if data.startswith(b"\x89PNG") else "webp"
+                return f"data:image/{kind};base64," + base64.b64encode(data).decode("ascii")
             if self.lossless:
                 self.lossless = False
             else:
@@ -64,9 +66,13 @@ class StripEncoder:
     def _compress(self, strip: Image.Image) -> bytes:
         if self.reduction > 1:
             strip = strip.reduce(self.reduction)
-        options = {"lossless": True, "quality": 0, "method": 0} if self.lossless else {"quality": 85, "method": 2}
         buffer = io.BytesIO()
-        strip.save(buffer, "WEBP", **options)
+        if not self.lossless:
+            strip.save(buffer, "WEBP", quality=85, method=2)
+        elif strip.mode == "L":  # WebP knows no grey: four times as slow, and larger
+            strip.save(buffer, "PNG", compress_level=1)
+        else:
+            strip.save(buffer, "WEBP", lossless=True, quality=0, method=0)
         return buffer.getvalue()
 
 
@@ -128,6 +134,26 @@ def scrubber_value(
         "play": False,
         "rest": 0,
     }
+
+
+# Which buttons can be pressed, by what is shown.
+_ENABLED = """(value) => {
+  const busy = Boolean(value?.busy), whole = !busy && value?.frames.length > 0;
+  const now = { idle: !busy, busy, some: Boolean(value), whole };
+  return %s.map((when) => ({ __type__: 'update', interactive: now[when] }));
+}"""
+
+
+def enable_buttons(view: gr.HTML, **buttons: Sequence[gr.Button]) -> None:
+    """Lets buttons follow what a scrubber shows, in the browser: sent from here they cost more than the frames.
+
+    Args:
+        view: the scrubber.
+        buttons: those that can be pressed while it is "idle" or "busy", once there is "some"thing in it, and once that
+            is "whole".
+    """
+    pairs = [(when, button) for when, several in buttons.items() for button in several]
+    view.change(None, view, [button for _, button in pairs], js=_ENABLED % json.dumps([when for when, _ in pairs]))
 
 
 def scrubber(*, hint: str, elem_id: str, actions: Sequence[dict[str, Any]] = ()) -> gr.HTML:

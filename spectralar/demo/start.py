@@ -205,12 +205,13 @@ def serve(options: argparse.Namespace) -> None:
     """
     from .model import Model, check_device
     from .page import build, launch_options
-    from .threads import limit_threads
+    from .threads import limit_threads, share_memory_pools
 
     try:
         check_device(options.device)
     except ValueError as error:
         raise StartError(str(error)) from None
+    share_memory_pools()
     limit_threads()
     models = []
     for source in options.model:

@@ -27,7 +27,7 @@ CACHE_BYTES = 128 << 20  # of keys and values, as far as that is enough for the 
 FEWEST_ROWS, MOST_ROWS = 32, 512
 MOST_WAITING = 128  # requests
 FRAMES_TOGETHER = 2  # times what gains from being decoded at once
-SECONDS_BETWEEN_SIGNS = 0.05  # of life, while there is no news
+SECONDS_BETWEEN_SIGNS = 0.2  # of life, while there is no news
 
 
 class EngineBusyError(ValueError):
@@ -68,20 +68,22 @@ class Sampling:
                 try:
                     news = self._news.get(timeout=SECONDS_BETWEEN_SIGNS)
                 except queue.Empty:
-                    if self.closed:
-                        return
                     news = None
                 if isinstance(news, BaseException):
                     raise news
                 if news is _END:
                     return
-                yield news
+                if news is None:
+                    yield None
+                else:
+                    yield from news
         finally:
             self.close()
 
     def close(self) -> None:
-        """No more is wanted."""
+        """No more is wanted; who waits for news is told so."""
         self.closed = True
+        self._news.put(_END)
 
     def put(self, news: object) -> None:
         self._news.put(news)
@@ -207,7 +209,7 @@ class Engine:
                 sampling.close()
         for sampling in [sampling for sampling in self._running if sampling.finished and not sampling.closed]:
             if sampling.wanted == "none":
-                sampling.put(Frame(sampling.request.codes.clone(), None))
+                sampling.put([Frame(sampling.request.codes.clone(), None)])
             sampling.put(_END)
             sampling.decoder = None  # visitors may keep the rest for long
             self._running.remove(sampling)
@@ -247,8 +249,9 @@ class Engine:
     def _hand_out(self, sampling: Sampling, lengths: list[int], images: Tensor) -> None:
         """Images (B, S, C, H, H) of S prefixes."""
         codes = sampling.request.codes[:, : lengths[-1]].clone()
-        for length, frame in zip(lengths, images.unbind(1), strict=True):
-            sampling.put(Frame(codes[:, :length], frame))
+        # All at once: who waits for them is woken, and asks for the interpreter, once.
+        pairs = zip(lengths, images.unbind(1), strict=True)
+        sampling.put([Frame(codes[:, :length], frame) for length, frame in pairs])
         sampling.frames += len(lengths)
         sampling.next_length = lengths[-1] + 1
         self._given[sampling.visitor] += images.shape[0] * images.shape[1]

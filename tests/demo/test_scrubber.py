@@ -10,7 +10,7 @@ from spectralar.demo.scrubber import MAX_TOTAL_BYTES, SCRIPT, TEMPLATE, StripEnc
 
 def decoded(url):
     kind, _, data = url.partition(",")
-    assert kind == "data:image/webp;base64"
+    assert kind in ("data:image/webp;base64", "data:image/png;base64")
     return Image.open(io.BytesIO(base64.b64decode(data)))
 
 

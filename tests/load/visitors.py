@@ -146,11 +146,11 @@ class Visitor:
         async with self.session.events() as events:
             async for event in events:
                 now = time.monotonic() - begin
-                if not first and "data:image/webp" in event.text:
+                if not first and "data:image/" in event.text:
                     first = now
                 if first and until and until(now - first):
                     return event_id
-                if event.kind == "process_completed":
+                if event.ends(event_id):
                     value = result_of(event)[0]
                     self.findings.waits.append(Wait(self.number, settings.count, first or now, now))
                     self._compare(settings, value)
@@ -177,10 +177,10 @@ class Visitor:
     # ---------------------------------------------------------------------------------------------- other tabs
 
     async def _result(self, function: int, data: list[Any]) -> list[Any]:
-        await self.session.join(function, data)
+        event_id = await self.session.join(function, data)
         async with self.session.events() as events:
             async for event in events:
-                if event.kind == "process_completed":
+                if event.ends(event_id):
                     return result_of(event)
         raise RefusedError("the stream ended without a result")
 

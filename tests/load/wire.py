@@ -59,6 +59,10 @@ class Event:
     def message(self) -> dict[str, Any]:
         return json.loads(self.text)
 
+    def ends(self, event_id: str) -> bool:
+        """Whether it is the last one of what was asked for; one that was cancelled before may still have to say so."""
+        return self.kind == "process_completed" and self.message["event_id"] == event_id
+
 
 def event_of(text: str) -> Event:
     """The event of a line's text. Its kind stands at the beginning: most messages are large, and need no parsing."""
