@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Columns = Mapping[str, Sequence[Any]]
-# One draws at a time: matplotlib is not safe for threads, and the settings for text in SVG are global ones.
-_DRAWING = threading.Lock()
+# A thread that draws, one figure at a time: matplotlib is not safe for threads, the settings for text in SVG are
+# global ones, and for each thread that has drawn it keeps fonts, some megabytes.
+_DRAWING = ThreadPoolExecutor(1, thread_name_prefix="drawing")
 _SVG_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "spectralar"}  # text stays text; same numbers, same file
 
 
@@ -75,8 +76,11 @@ class Chart(Figure):
         return out.getvalue()
 
     def _saved(self, file_format: str, **options: Any) -> bytes:
+        return _DRAWING.submit(self._draw, file_format, options).result()
+
+    def _draw(self, file_format: str, options: dict[str, Any]) -> bytes:
         buffer = io.BytesIO()
-        with _DRAWING, matplotlib.rc_context(_SVG_SETTINGS):
+        with matplotlib.rc_context(_SVG_SETTINGS):
             self.savefig(buffer, format=file_format, facecolor=self.get_facecolor(), **options)
         return buffer.getvalue()
 

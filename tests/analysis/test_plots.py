@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from xml.etree import ElementTree
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 from PIL import Image
 
 from spectralar.analysis import plots
@@ -104,6 +106,19 @@ def test_threads_draw_side_by_side_and_leave_no_settings_behind():
     assert files[0] == files[2] == files[4] and files[1] == files[3] == files[5]
     assert all("<text" in file for file in files)
     assert dict(matplotlib.rcParams) == before
+
+
+def test_one_thread_draws(monkeypatch):
+    """Matplotlib keeps open fonts for each thread that has drawn: a server would fill up."""
+    threads = set()
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda *args, **kw: (threads.add(threading.get_ident()), save(*args, **kw)))
+    chart = CHARTS["cutoff_schedule"](LIGHT)
+    for _ in range(3):
+        thread = threading.Thread(target=chart.svg)
+        thread.start()
+        thread.join()
+    assert len(threads) == 1
 
 
 def test_pyplot_keeps_no_figure():

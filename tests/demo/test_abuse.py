@@ -1,14 +1,20 @@
 """A short version of `python -m tests.load.abuse`, and the guard that answers what Gradio does not."""
 
 import asyncio
+import contextlib
 import logging
+import random
 
+import gradio as gr
 import httpx
 import pytest
+from playwright.sync_api import Error, sync_playwright
 
+from spectralar.demo import upload
 from spectralar.demo.guard import Guard
 from tests.demo.conftest import served
-from tests.load.abuse import SECRET, abuse
+from tests.load.abuse import abuse, trespass
+from tests.load.payloads import FORMATS, HTML, SECRET, SVG, bomb
 from tests.load.wire import API
 
 NUM_INPUTS = 80
@@ -28,6 +34,41 @@ def test_bad_input_is_answered(page, tmp_path, capfd):
     assert sum(n for what, n in outcome.counts.items() if what.endswith("a sentence")) > NUM_INPUTS / 4
     captured = capfd.readouterr()
     assert "Traceback" not in captured.out + captured.err
+
+
+def test_files_and_sessions_of_others_are_out_of_reach(page, tmp_path):
+    (tmp_path / "secret.txt").write_bytes(SECRET)
+    assert asyncio.run(trespass(page.url, tmp_path / "secret.txt")) == []
+
+
+@pytest.mark.parametrize("file_format", [name for name in FORMATS if name in upload.FORMATS])
+def test_bombs_of_every_format_are_refused_by_their_header(file_format):
+    """By the page, or by Pillow's own reader of AVIF, before a pixel is decoded."""
+    data = bomb(random.Random(0), file_format)
+    with pytest.raises(gr.Error, match="not an image" if file_format == "AVIF" else "megapixels"):
+        upload.open_photo(data)
+
+
+def test_nothing_that_is_sent_runs_in_a_browser(page, chromium):
+    """Files are handed out as what to save, or as something that runs nothing."""
+    ran = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        for name, data in (
+            ("a.html", HTML),
+            ("a.svg", SVG),
+            ("a.png", HTML),
+            ("a.gif", b"GIF89a" + HTML),
+            ("a", HTML),
+        ):
+            answer = httpx.post(page.url + API + "upload", files={"files": (name, data)}, timeout=60)
+            tab = browser.new_page()
+            tab.on("dialog", lambda dialog, name=name: (ran.append(name), dialog.dismiss()))
+            with contextlib.suppress(Error):  # a download begins instead
+                tab.goto(f"{page.url}{API}file={answer.json()[0]}")
+                tab.wait_for_timeout(500)
+        browser.close()
+    assert ran == []
 
 
 def test_unknown_functions_and_broken_requests_get_a_sentence(page, capfd):

@@ -9,49 +9,29 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import io
+import contextlib
+import hashlib
 import json
-import math
 import random
 import re
-import struct
 import sys
 import tempfile
 import time
-import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
-from PIL import Image
 
 from .__main__ import MODEL
+from .payloads import SECRET, broken_image, strange_requests, value
 from .server import serving
 from .wire import API, Page, RefusedError, Session, result_of
 
 PATIENCE = 10.0  # seconds within which everything is answered
 AT_ONCE = 8
-SECRET = b"no page may show this"
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-
-JSON = {"content-type": "application/json"}
-SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
-HTML = b"<!doctype html><script>alert(1)</script>"
-TEXTS = (
-    "", " ", "\0", "'; DROP TABLE x; --", "<script>alert(1)</script>", "../../../etc/passwd", "file:///etc/passwd",
-    "/proc/self/environ", "sample:0:0", "sample:99999999999999999999:1", "sample:1:-1", "sample::", "example:../../x",
-    "example:cat", "NaN", "1e999", "٣٤", "9" * 5000, "𝕊𝕡𝕖𝕔𝕥𝕣𝕒𝕝" * 50, "😀\u202e", "\ud83d", "tail", "model", "Bag",
-    "1 2 3", "1 " * 3000, "{}", "[]", "data:image/png;base64,AAAA", "http://127.0.0.1:1/x.png", "{image}", "%00%2e/",
-)  # fmt: skip
-NUMBERS = (
-    0, 1, -1, 2, 3.5, 1e30, -1e30, 1e308, 5e-324, 2**31, 2**63, -(2**63), 10**30, 10**400, math.nan, math.inf,
-    -math.inf,
-)  # fmt: skip
-OTHERS = (None, True, False, [], {}, [[]], [[[[[]]]]], [None], [1, 2, 3], [[1, 2], [3]], {"a": 1}, ["Bag"], [[1e30]])
 
 
 @dataclass
@@ -61,82 +41,6 @@ class Outcome:
     counts: Counter = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)  # what must not happen
     slowest: float = 0.0
-
-
-# -------------------------------------------------------------------------------------------------- what is sent
-
-
-def value(rng: random.Random, depth: int = 0) -> Any:
-    """Something that a function may not expect."""
-    kind = rng.randrange(20)
-    if kind == 0 and depth < 3:
-        return [value(rng, depth + 1) for _ in range(rng.randrange(4))]
-    if kind == 1 and depth < 3:
-        return {rng.choice(("path", "url", "meta", "__type__", "a")): value(rng, depth + 1) for _ in range(2)}
-    if kind == 2:
-        return file_path(
-            rng.choice(("/etc/passwd", "/proc/self/environ", "../secret.txt", "http://127.0.0.1:1/a.png"))
-        )
-    if kind == 3 and rng.random() < 0.05:
-        return "x" * 10_000_000
-    return rng.choice(rng.choice((TEXTS, NUMBERS, OTHERS)))
-
-
-def file_path(path: str) -> dict[str, Any]:
-    return {"path": path, "url": None, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
-
-
-def broken_image(rng: random.Random) -> tuple[str, bytes]:
-    """A file that says it is an image, of any format; cut short, with flipped bits, of another kind, or a bomb."""
-    kind = rng.randrange(8)
-    if kind == 0:
-        return rng.choice((("a.svg", SVG), ("a.png", SVG), ("a.html", HTML), ("a.png", HTML), ("a.png", b"")))
-    if kind == 1:  # says that it is huge, and may hold some of it
-        side = rng.choice((20_000, 60_000, 2**31 - 1))
-        chunk = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-        pixels = b"IDAT" + zlib.compress(bytes(300_000))
-        chunks = (chunk, pixels, b"IEND")
-        parts = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
-        return "bomb.png", b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-    file_format = rng.choice(FORMATS)
-    side = rng.choice((1, 7, 40, 200))
-    pixels = np.random.default_rng(rng.randrange(2**32)).integers(0, 256, (side, side, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, file_format)
-    data = bytearray(buffer.getvalue())
-    if kind in (2, 3):
-        data = data[: rng.randrange(len(data))]
-    elif kind in (4, 5):
-        for _ in range(rng.choice((1, 3, 50))):
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    elif kind == 6:
-        data = bytearray(b"GIF89a" + HTML) + data  # a polyglot
-    names = ("a.png", f"a.{file_format.lower()}", "a.html", "../a.png", "a" * 300 + ".png", "a\0.png", "é.png")
-    return rng.choice(names), bytes(data)
-
-
-def strange_requests(rng: random.Random, url: str, folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Method, address and options of requests that no browser makes."""
-    target = rng.choice(
-        ("/etc/passwd", str(folder / "secret.txt"), "/proc/self/environ", "/proc/self/cmdline", "app.py",
-         str(folder / "tmp" / "link.txt"), "requirements.txt", "spectralar/demo/page.py", "~/.bashrc",
-         "C:/Windows/win.ini")
-    )  # fmt: skip
-    for way in ("{}", "../../../../..{}", "//{}", "..%2f..%2f..%2f..{}", "%00{}", "file://{}", "./{}", "\\\\host{}"):
-        yield "GET", f"{url}{API}file={way.format(target)}", {}
-    yield "GET", f"{url}static/../../../../../..{target}", {}
-    yield "GET", f"{url}assets/%2e%2e/%2e%2e/%2e%2e{target}", {}
-    yield "GET", f"{url}{API}proxy=http://127.0.0.1:1/x", {}
-    for path in ("queue/join", "run/predict", "cancel", "upload", "reset", "component_server", "call/generate"):
-        body = rng.choice((b"", b"{", b"[]", b"null", b'{"data": [' * 2000, b"\xff\xfe", b'{"data": null}', b'"x"'))
-        yield "POST", url + API + path, {"content": body, "headers": JSON}
-    for number in (-1, 10**6, 1.5, "x", None):
-        body = json.dumps({"data": [], "fn_index": number, "session_hash": rng.choice(("x", "", "../x", "x" * 5000))})
-        yield "POST", url + API + rng.choice(("queue/join", "run/predict")), {"content": body, "headers": JSON}
-    yield "GET", url + API + "queue/data?session_hash=" + "nobody", {}
-    yield rng.choice(("PUT", "DELETE", "PATCH", "OPTIONS")), url + rng.choice(("", "config", API + "upload")), {}
-    yield "GET", f"{url}?seed=x&tab=<script>alert(1)</script>&class={'9' * 900}&k=-1", {}
-    yield "POST", url + API + "upload", {"content": b"x" * 1000, "headers": {"content-type": "multipart/form-data"}}
 
 
 # -------------------------------------------------------------------------------------------------- how it is sent
@@ -152,7 +56,7 @@ class Abuser:
     async def send(self, rng: random.Random) -> None:
         """One bad input."""
         begin = time.monotonic()
-        kind = rng.choices(("call", "image", "request"), (6, 3, 1))[0]
+        kind = rng.choices(("call", "image", "request", "slow"), (60, 30, 9, 1))[0]
         try:
             await asyncio.wait_for(getattr(self, kind)(rng), self.patience)
         except TimeoutError:
@@ -211,6 +115,64 @@ class Abuser:
         if "file=" in url and any(leak in answer.content for leak in leaks):
             self.outcome.bad.append(f"readable: {url[:200]}")
 
+    async def slow(self, rng: random.Random) -> None:
+        """An upload that comes in drops, and sometimes not to its end."""
+        head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        body = head + rng.randbytes(rng.choice((10, 300))) + rng.choice((b"\r\n--x--\r\n", b""))
+
+        async def drops() -> AsyncIterator[bytes]:
+            for at in range(0, len(body), 40):
+                yield body[at : at + 40]
+                await asyncio.sleep(0.3)
+
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        answer = await self.client.post(f"{self.url}{API}upload", content=drops(), headers=headers)
+        self.outcome.counts[f"slow: {answer.status_code // 100}xx"] += 1
+
+
+async def trespass(url: str, secret: Path) -> list[str]:
+    """Tries to reach what is not one's own with what a visitor knows; returns what could be read or done.
+
+    A link to `secret` is laid beside an uploaded file: whoever can do that has the rights of the page already.
+    """
+    reached = []
+    async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
+        page, alice, bob = Page((await client.get(url + "config")).json()), Session(client, url), Session(client, url)
+        data = b"of another visitor" + random.randbytes(8)
+        own = Path((await alice.upload("alice.png", data))["path"])
+        link = own.parent / "link.png"
+        link.symlink_to(secret)
+        digest = hashlib.sha256(data).hexdigest()
+        for path in (
+            own.parent,
+            own.parent.parent,
+            own.parent.parent / digest / own.name,
+            own.parent / "other.png",
+            link,
+        ):
+            answer = await client.get(f"{url}{API}file={path}")
+            if answer.status_code == 200:
+                reached.append(f"file={path.name}: {answer.content[:40]!r}")
+        for target in (link, secret):  # as an input
+            with contextlib.suppress(RefusedError):
+                photo = {"path": str(target), "meta": {"_type": "gradio.FileData"}}
+                await bob.join(page.endpoint("reconstruct"), [photo, 4])
+                async with bob.events() as events:
+                    async for event in events:
+                        if event.kind == "process_completed":
+                            result_of(event)
+                            reached.append(f"{target.name} as an image")
+                            break
+        link.unlink()
+        # What another session waits for is neither seen nor stopped by who does not know its hash.
+        for session_hash in ("", "*", "../" + alice.hash, alice.hash[:-1]):
+            body = {"session_hash": session_hash, "fn_index": page.click("generate"), "event_id": "0" * 32}
+            for path in ("cancel", "reset"):
+                answer = await client.post(f"{url}{API}{path}", json=body)
+                if answer.status_code >= 500:
+                    reached.append(f"{path}: {answer.status_code}")
+    return reached
+
 
 async def abuse(url: str, folder: Path, num_inputs: int, seed: int = 0, patience: float = PATIENCE) -> Outcome:
     """Sends bad inputs, a few at once. `folder` is one that the page must not show, with `SECRET` in secret.txt."""
@@ -242,6 +204,7 @@ def main() -> int:
             asyncio.run(abuse(server.url, folder, max(100, options.inputs // 10), options.seed + 1, options.patience))
             before = server.use()  # after a tenth of as many
             outcome = asyncio.run(abuse(server.url, folder, options.inputs, options.seed, options.patience))
+            outcome.bad += asyncio.run(trespass(server.url, folder / "secret.txt"))
             after, troubles = server.use(), server.troubles()
             if troubles:
                 print(server.log()[-5000:], file=sys.stderr)

@@ -73,15 +73,19 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, arguments: Sequence[str | Path] = (), **environment: str) -> Iterator[Server]:
-    """Starts `python app.py` with arguments and waits until it answers; stops it at the end.
+def serving(
+    folder: Path, arguments: Sequence[str | Path] = (), before: Sequence[str] = (), **environment: str
+) -> Iterator[Server]:
+    """Starts `python app.py` with arguments, and with a command `before` it that starts it; waits until it answers.
+
+    Stops it at the end.
 
     Raises:
         RuntimeError: if it ends before it answers, with its log.
     """
     port = free_port()
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "app.py", "--port", str(port), *map(str, arguments)]
+    command = [*before, sys.executable, "app.py", "--port", str(port), *map(str, arguments)]
     variables = {**os.environ, "TMPDIR": str(folder / "tmp"), "HF_HUB_OFFLINE": "1", **environment}
     variables.pop("GRADIO_TEMP_DIR", None)
     with (folder / "log.txt").open("ab") as log:

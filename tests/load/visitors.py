@@ -228,7 +228,7 @@ class Visitor:
         self.findings.samples.append((settings, answer["codes"], None))
 
     def _predict(self, settings: Settings) -> dict[str, Any]:
-        client = Client(self.url, verbose=False)
+        client = Client(self.url, verbose=False, httpx_kwargs={"timeout": STREAM})
         try:
             return client.predict(*vars(settings).values(), api_name="/generate")
         finally:
