@@ -191,7 +191,7 @@ def test_remix_of_two_samples_in_one_click(tab, page):
     tab.locator("#remix-try button").first.click()
     wait_for_figure(tab, "remix-strip")
     wait_for_k(tab, N // 2, "#remixed")  # the middle says most
-    a, b = (Origins(page.model).picture(origin, None) for origin in ("sample:0:0", "sample:2:1"))
+    a, b = (Origins(page.model).picture(origin, None) for origin in ("sample:0:0", "sample:1:1"))
     for k, shown in scrubbed(tab, "#remixed", (1, 7, 12)).items():
         np.testing.assert_allclose(shown, page.model.decode([a.codes[:k] + b.codes[k:]], [12])[0, 0], atol=1)
     name, data = saved(tab, "remix-strip", "csv")
@@ -204,7 +204,8 @@ def test_continuation_is_stopped_and_scrubbed(tab, page):
     tab.get_by_label("new ones of the model").check()
     expect(tab.locator("#remix-class")).to_be_visible(timeout=PATIENCE)
     tab.click("#remix")
-    expect(tab.locator("#remixed .status")).to_contain_text("1 of 12 exchange points", timeout=PATIENCE)
+    some = re.compile("[1-9] of 12 exchange points")  # those that end together come in one message
+    expect(tab.locator("#remixed .status")).to_contain_text(some, timeout=PATIENCE)
     expect(tab.locator("#remix")).to_be_disabled()
     tab.click("#remix-stop")
     # Those with a longer prefix need fewer tokens, and all go on together: more than one may be there.
