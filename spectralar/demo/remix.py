@@ -21,7 +21,7 @@ from .links import Link, Linked, from_query
 from .mixing import VARIATIONS, Continuation, continuations, exchange, exchange_value, strip_chart
 from .model import MAX_SEED, Model, Sampled, on_gpu
 from .runs import MAX_IMAGES, SECONDS_A_MESSAGE, SECONDS_WITHOUT_NEWS, Settings
-from .scrubber import enable_buttons, scrubber
+from .scrubber import scrubber
 from .source import Origins, Picture, Source, source
 from .upload import PhotoInput
 
@@ -83,7 +83,6 @@ def build(model: Model) -> Linked:
         **QUIET,
     )  # fmt: skip
     tab = _Tab(model, origins, (a, b), [mode, label, seed, scale], view, strip, go, stop, gr.State(None))
-    enable_buttons(view, idle=[go], busy=[stop])
     links = tab.links()
     tab.listen(thumbnails, [values for _, values in examples], links)
     listen_to_saves({"remix": strip}, tab.charts, "remix-file")
@@ -133,7 +132,7 @@ class _Tab:
         return [Link(name, component) for name, component in zip(names, components, strict=True)]
 
     def listen(self, thumbnails: gr.Dataset, examples: list[list[Any]], links: list[Link]) -> None:
-        outputs = [self.view, self.strip, self.run, self.charts]
+        outputs = [self.view, self.strip, self.go, self.stop, self.run, self.charts]
         options = {
             "outputs": outputs, "concurrency_id": "sample", "concurrency_limit": SAMPLERS, "show_progress": "hidden",
             "api_visibility": "private",
@@ -209,11 +208,13 @@ class _Tab:
             self.strip: None if chart is None else shown(chart),
             self.charts: None if chart is None else {"remix": chart},
             self.run: run if busy else None,
+            self.go: gr.Button(interactive=not busy),
+            self.stop: gr.Button(interactive=busy),
         }
 
     def stopped(self, run: Continuation | None) -> dict:
         if run is None:
-            return {self.view: gr.skip()}
+            return {self.go: gr.Button(interactive=True), self.stop: gr.Button(interactive=False)}
         run.finish(stopped=True)
         return self.show(run)
 
