@@ -23,7 +23,7 @@ class Shown(NamedTuple):
 # The first one is shown first. Models that are not named here come behind, in alphabetical order.
 EMBEDDED = {
     "products-64": Shown(
-        ("sports shoe", "handbag", "watch", "sunglasses", "backpack", "t-shirt", "cap", "wallet", "shirt"),
+        ("handbag", "watch", "sports shoe", "backpack", "cap", "belt", "wallet", "shirt", "sunglasses"),
         "product photos on white and, in equal parts, natural photos of 200 classes",
     ),
     "fashion-mnist-32": Shown(
