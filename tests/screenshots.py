@@ -99,7 +99,7 @@ def picture(page: Page, longest: int) -> bytes:
     page.evaluate("window.scrollTo(0, 0)")
     width = page.viewport_size["width"]
     height = min(longest, page.evaluate("document.documentElement.scrollHeight"))
-    data = page.screenshot(full_page=True, clip={"x": 0, "y": 0, "width": width, "height": height})
+    data = page.screenshot(timeout=TIMEOUT, full_page=True, clip={"x": 0, "y": 0, "width": width, "height": height})
     buffer = io.BytesIO()
     Image.open(io.BytesIO(data)).convert("RGB").save(buffer, "WEBP", quality=88, method=6)
     return buffer.getvalue()

@@ -80,6 +80,8 @@ def tables(config: Config) -> dict[str, dict[str, list[str]]]:
             settings = [f"tokenizer.{s}" for s in shape.split()] + [f"train_tokenizer.{s}" for s in training.split()]
             if "codebook_dim" in shape:
                 settings.append("transformer.codebook_dim=0")
+            if "spectral_shortcut=false" in shape or "codebook_dim" in shape:
+                settings.append("transformer.decoder_feedback=false")
             if title == "seeds":  # of both models
                 settings.append(f"train_transformer.seed={seeds[1] + i}")
             runs[title][name] = [s for s in settings if _changes(config, s)]
