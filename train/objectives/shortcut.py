@@ -75,9 +75,9 @@ def _fit_subspace(shortcut: SpectralShortcut, residual: Tensor, k: int, generato
     q = torch.randn(x.shape[1], width, generator=generator, dtype=torch.float32, device="cpu").to(x.device)
     for _ in range(SUBSPACE_ROUNDS):
         q = torch.linalg.qr(x.T @ (x @ q))[0]
-    projected = x @ q
+    projected = (x @ q).double()  # squares of next to nothing are too small for float32, and some LAPACKs give up
     _, vectors = torch.linalg.eigh(projected.T @ projected)  # ascending
-    q = (q @ vectors.flip(1))[:, :rank]  # (C r r, min(rank, C r r))
+    q = (q @ vectors.flip(1).to(q.dtype))[:, :rank]  # (C r r, min(rank, C r r))
     part = shortcut.part(k)
     part.zero_()
     part[:, : q.shape[1]] = q  # a band of fewer coefficients than components: the others stay empty
