@@ -63,7 +63,7 @@ def no_problems(page, problems):
     problems.clear()
     yield
     page.allow()
-    # Where an event is cancelled before it has an id, Gradio asks for that and is told that it cannot be: nothing is lost.
+    # Gradio may cancel an event before that has an id, and is told that it cannot: nothing is lost.
     assert not [problem for problem in problems if "status of 422" not in problem]
 
 
