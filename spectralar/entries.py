@@ -89,12 +89,6 @@ class EntryMaps(nn.Module):
         maps = self.expected[positions]  # (T, d, d)
         return EXPECTED_SCALE * torch.einsum("bte,tde->btd", expected.to(maps.dtype), maps) @ self.entries.T
 
-    def expected_logits_at(self, expected: Tensor, position: int | Tensor) -> Tensor:
-        """The same (B, K) of one token a sequence, (B, d), at a position for all or at one each (B,)."""
-        maps = self.expected[position].expand(len(expected), -1, -1)  # (B, d, d)
-        seen = torch.bmm(maps, expected.to(maps.dtype).unsqueeze(2))[:, :, 0]  # (B, d)
-        return EXPECTED_SCALE * F.linear(seen, self.entries)
-
     # For one token a sequence, each at its own position (B,). One small product a sequence, whoever is beside it.
 
     def embed_at(self, tokens: Tensor, position: Tensor) -> Tensor:
@@ -106,3 +100,9 @@ class EntryMaps(nn.Module):
         """Of outputs (B, D) for the tokens at `position` -> (B, K)."""
         seen = torch.bmm(self.outputs.index_select(0, position), hidden.unsqueeze(2))[:, :, 0]  # (B, d)
         return F.linear(seen, self.entries)
+
+    def expected_logits_at(self, expected: Tensor, position: int | Tensor) -> Tensor:
+        """What expectations (B, d) add to the logits of the tokens at `position`, (B,) or one for all -> (B, K)."""
+        maps = self.expected[position].expand(len(expected), -1, -1)  # (B, d, d)
+        seen = torch.bmm(maps, expected.to(maps.dtype).unsqueeze(2))[:, :, 0]  # (B, d)
+        return EXPECTED_SCALE * F.linear(seen, self.entries)

@@ -169,7 +169,7 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
             (B, S, K) float32; those of position i are the logits of token i given the tokens before it.
 
         Raises:
-            ValueError: if the shapes do not fit.
+            ValueError: if the shapes do not fit, or `expected` is given without `decoder_feedback` or missing with it.
         """
         longest = self.config.num_tokens - 1
         if codes.ndim != 2 or codes.shape[1] > longest:
@@ -191,6 +191,9 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
             logits: (B, K) of the token at `position`.
             expected: (B, d), what the decoder expects of it.
             position: in 0..N-1, one for all or (B,) int64.
+
+        Returns:
+            (B, K) in the logits' type.
         """
         return logits + self.entry_maps.expected_logits_at(expected, position).to(logits.dtype)
 

@@ -13,12 +13,33 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.helpers import record_steps, sharing_weights, tiny_pipeline  # noqa: E402
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+# Tiny models. Files with others of these names have fixtures of their own.
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def pipe(shared):
+    """The same models all through; the pipeline's own state is new in each test."""
+    return sharing_weights(shared)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    return record_steps(monkeypatch)
 
 
 @pytest.fixture(scope="session")

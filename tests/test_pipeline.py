@@ -7,25 +7,9 @@ import pytest
 import torch
 
 from spectralar import SpectralARPipeline
-from tests.helpers import record_steps, seed, sharing_weights, tiny_pipeline
+from tests.helpers import seed, tiny_pipeline
 
 N = 12  # tokens of the tiny models, 16x16 images, 4 classes
-
-
-@pytest.fixture(scope="module")
-def shared():
-    return tiny_pipeline()
-
-
-@pytest.fixture
-def pipe(shared):
-    """The same models all through; the pipeline's own state is new in each test."""
-    return sharing_weights(shared)
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    return record_steps(monkeypatch)
 
 
 # The call ------------------------------------------------------------------------------------------------

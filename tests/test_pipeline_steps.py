@@ -10,7 +10,7 @@ from diffusers.callbacks import PipelineCallback
 from spectralar import SpectralARPipeline
 from spectralar.inference import streaming
 from spectralar.inference.frames import PrefixDecoder
-from tests.helpers import record_steps, seed, sharing_weights, tiny_pipeline, tiny_tokenizer, tiny_transformer
+from tests.helpers import seed, sharing_weights, tiny_tokenizer, tiny_transformer
 
 N = 12  # tokens of the tiny models, 16x16 images, 4 classes
 WAIT = 8  # tokens that a frame may wait for: fewer than N, so that streams come in several groups
@@ -19,22 +19,6 @@ WAIT = 8  # tokens that a frame may wait for: fewer than N, so that streams come
 @pytest.fixture(autouse=True)
 def longest_wait(monkeypatch):
     monkeypatch.setattr(streaming, "LONGEST_WAIT", WAIT)
-
-
-@pytest.fixture(scope="module")
-def shared():
-    return tiny_pipeline()
-
-
-@pytest.fixture
-def pipe(shared):
-    """The same models all through; the pipeline's own state is new in each test."""
-    return sharing_weights(shared)
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    return record_steps(monkeypatch)
 
 
 @pytest.fixture

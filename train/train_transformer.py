@@ -185,8 +185,9 @@ def train(run: Run, config: Config) -> None:
         done = step + 1
         if run.due(stage.log_every, done):
             by_position = run.mean(by_position)
-            values = {"loss/train": float(by_position.mean())} if positions is not None else None
-            values = values or summarise(by_position, "loss/train")
+            values = summarise(by_position, "loss/train")
+            if positions is not None:  # drawn anew each step: there is no curve of them
+                values = {"loss/train": values["loss/train"]}
             run.log_step(values | {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}, done)
         measure, show = run.due(stage.eval_every, done), run.due(stage.sample_every, done)
         if measure or show:

@@ -234,6 +234,7 @@ def build(model: Model) -> Linked:
     options = {"concurrency_id": "tokenizer", "concurrency_limit": 2, "api_visibility": "private"}
     picture.listen(analyse, [view, held, *(figures[name] for name in own)], show_progress="hidden", **options)
     examples.click(lambda i: tried[i], examples, picture.origin, **QUIET)
+    picture.choices.append(examples.click)
     measure.click(
         draw_influence, None, figures["influence"], concurrency_id="influence", concurrency_limit=1,
         api_visibility="private", show_progress_on=measure,

@@ -13,7 +13,7 @@ class Shown(NamedTuple):
 
     Args:
         examples: class names to try; the page opens with the first.
-        trained_on: what the tokenizer has seen, as the rest of "Trained on ...".
+        trained_on: the end of the sentence "The tokenizer was trained on ...".
     """
 
     examples: tuple[str, ...]

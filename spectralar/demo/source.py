@@ -130,6 +130,7 @@ class Source:
     origin: gr.Textbox
     named: gr.events.Dependency  # after which the photo shows the origin
     sent: gr.events.Dependency  # after which the photo is the visitor's own, and the origin empty
+    choices: list[Callable]  # events by which a visitor chooses; a link sets the origin without any
 
     def open_with(
         self, item: gr.Tab, link: str, shown: gr.State, handler: Callable[[], dict], outputs: list[Any], **options: Any
@@ -145,8 +146,7 @@ class Source:
             return handler()
 
         opening = item.select(open_tab, shown, outputs, **options)
-        chosen = [self.origin.change, self.photo.input, self.photo.clear]
-        gr.on(chosen, None, cancels=[opening])
+        gr.on(self.choices, None, cancels=[opening])
 
     def listen(self, handler: Callable[..., Iterator[dict]], outputs: list[Any], **options: Any) -> None:
         """Calls a generator `handler(origin, photo)` whenever there is another picture, or none."""
@@ -176,6 +176,7 @@ def source(origins: Origins, label: str, elem_id: str, *, height: int = 200, exa
         elem_id=elem_id, placeholder="Drop an image, paste one, or click to choose",
     )  # fmt: skip
     origin = gr.Textbox("", label=f"{label}: origin", visible="hidden")
+    choices = [photo.input, photo.clear]
     if origins.examples:
         thumbnails = gr.Dataset(
             components=[gr.Image(render=False, visible=False)], type="index", label="Examples",
@@ -184,6 +185,7 @@ def source(origins: Origins, label: str, elem_id: str, *, height: int = 200, exa
         )  # fmt: skip
         keys = [f"example:{name}" for name in origins.examples]
         thumbnails.click(lambda i: keys[i], thumbnails, origin, **QUIET)
+        choices.append(thumbnails.click)
     with gr.Row(elem_classes="tight"):
         classes = gr.Dropdown(
             list(zip(names, range(len(names)), strict=True)), value=ids[example % len(ids)], label="or a sample of",
@@ -203,4 +205,4 @@ def source(origins: Origins, label: str, elem_id: str, *, height: int = 200, exa
     )  # fmt: skip
     # Emptied before the tab is told, so that it never takes a new photo for the picture of the origin before it.
     sent = gr.on([photo.input, photo.clear], lambda: "", None, origin, **QUIET)
-    return Source(photo, origin, shown, sent)
+    return Source(photo, origin, shown, sent, [*choices, draw.click])

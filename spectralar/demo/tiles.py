@@ -1,13 +1,18 @@
-"""Classes to try, each one a button with its name and a picture that was sampled once for all visitors."""
+"""Classes to try, each one a button with its name and a picture that was sampled once for all visitors.
+
+Without an engine, on ZeroGPU, they stay words: pictures would be taken from a visitor's share of a GPU.
+"""
 
 from __future__ import annotations
 
 import html
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import gradio as gr
 
+from ..inference.engine import EngineBusyError
 from .export import png_data_url
 from .model import Model
 from .runs import Settings
@@ -25,7 +30,15 @@ def tiles(model: Model, elem_id: str) -> gr.HTML:
     """The row, at first in words alone. Its event `chosen` has the class id in `gr.EventData.class_id`."""
     row = gr.HTML(markup(model, {}), js_on_load=SCRIPT, apply_default_css=False, elem_id=elem_id)
     sampled = cache(lambda: markup(model, samples(model)))
-    gr.on(None, sampled, None, row, api_visibility="private", show_progress="hidden", concurrency_id="tiles")
+
+    def fill() -> Any:
+        try:
+            return sampled()
+        except EngineBusyError:  # the next visitor will have them
+            return gr.skip()
+
+    if model.engine is not None:
+        gr.on(None, fill, None, row, api_visibility="private", show_progress="hidden", concurrency_id="tiles")
     return row
 
 

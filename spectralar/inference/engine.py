@@ -88,6 +88,10 @@ class Sampling:
     def put(self, news: object) -> None:
         self._news.put(news)
 
+    def let_go(self) -> None:
+        """Of the decoder, with the keys and values of all tokens."""
+        self.decoder = self.request.feedback = None
+
     def lengths_due(self) -> list[int]:
         """Prefixes to be decoded now: a few at a time, but the first at once and the last ones without waiting."""
         request = self.request
@@ -211,7 +215,7 @@ class Engine:
             if sampling.wanted == "none":
                 sampling.put([Frame(sampling.request.codes.clone(), None)])
             sampling.put(_END)
-            sampling.decoder = None  # visitors may keep the rest for long
+            sampling.let_go()  # visitors may keep the rest for long
             self._running.remove(sampling)
 
     @torch.no_grad()
@@ -279,9 +283,9 @@ class Engine:
     def _drop_closed(self) -> None:
         for sampling in [*self._running, *self._waiting]:
             if sampling.closed:
-                sampling.decoder = None
                 if self._batch is not None:
                     self._batch.remove(sampling.request)
+                sampling.let_go()
         self._running = [sampling for sampling in self._running if not sampling.closed]
         self._waiting = [sampling for sampling in self._waiting if not sampling.closed]
         self._given = Counter({sampling.visitor: self._given[sampling.visitor] for sampling in self._running})

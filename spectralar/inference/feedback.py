@@ -25,7 +25,7 @@ from ..tokenizer import SpectralTokenizer
 from ..transformer import SpectralARTransformer
 from .frames import PrefixDecoder
 
-FRAMES_AT_ONCE = 1024
+FRAMES_AT_ONCE = 1024  # of whole sequences: more take memory and save nothing
 
 
 class DecoderFeedback:
@@ -51,15 +51,19 @@ class DecoderFeedback:
         """D_k (B, C, H, H), not clamped, of codes (B, k), k >= 1: those of the last call and none or more behind them.
 
         Tokens are taken in one by one, so that what is expected does not depend on how many were known before.
+
+        Raises:
+            ValueError: if there are fewer codes than have been taken in.
         """
         self._decoder = self._decoder or PrefixDecoder(self.tokenizer, self.batch_size)
         if codes.shape[1] < self._decoder.length:
             raise ValueError(f"{self._decoder.length} tokens have been taken in, got {codes.shape[1]}: restart first.")
-        for i in range(self._decoder.length, codes.shape[1]):
-            self._decoder.append(codes[:, i : i + 1])
-            self._image = None
-        if self._image is None:
-            self._image = self._decoder.frame()
+        with torch.autocast(codes.device.type, enabled=False):  # in the weights' type, whoever is around it
+            for i in range(self._decoder.length, codes.shape[1]):
+                self._decoder.append(codes[:, i : i + 1])
+                self._image = None
+            if self._image is None:
+                self._image = self._decoder.frame()
         return self._image
 
     @torch.inference_mode()

@@ -4,12 +4,15 @@ import base64
 import io
 import re
 
+import gradio as gr
 import numpy as np
 import torch
 from PIL import Image
 
 from spectralar.demo.model import Model
-from spectralar.demo.tiles import SEED, markup, samples
+from spectralar.demo.tiles import SEED, markup, samples, tiles
+from spectralar.inference.engine import EngineBusyError
+from tests.demo.conftest import tiny_model
 from tests.helpers import tiny_pipeline
 
 
@@ -28,3 +31,29 @@ def test_tiles_are_buttons_with_names_that_are_text(model):
     assert re.findall(r'data-id="(\d+)"', html) == ["0", "1", "2", "3"]
     assert "<script>" not in html and "&lt;script&gt;" in html
     assert html.count("src=") == 1 and 'data-id="1"><img src="data:x"' in html
+
+
+def fill_of(model):
+    """What fills the row when a page is opened, None if nothing does."""
+    with gr.Blocks() as demo:
+        tiles(model, "try")
+    functions = [block.fn for block in demo.fns.values()]
+    return functions[0] if functions else None
+
+
+def test_on_zero_gpu_no_pictures_are_taken_from_a_visitors_share(monkeypatch):
+    monkeypatch.setenv("SPACES_ZERO_GPU", "1")
+    assert fill_of(tiny_model()) is None
+
+
+def test_with_too_many_visitors_the_words_stay_and_the_next_one_has_pictures(monkeypatch):
+    model = tiny_model()
+    fill, real = fill_of(model), model.last
+
+    def busy(*_, **__):
+        raise EngineBusyError("too many others are being served.")
+
+    model.last = busy
+    assert fill() == gr.skip()
+    model.last = real
+    assert fill().count("src=") == len(model.examples)

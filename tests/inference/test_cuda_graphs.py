@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from spectralar.inference import cuda_graphs
 from spectralar.inference.batch import SamplingBatch
 from spectralar.inference.cuda_graphs import KEPT, GraphedTokenGenerator, bucket, token_generator
+from spectralar.inference.feedback import feedback_for
 from spectralar.inference.generation import TokenGenerator
 from tests.helpers import seed, tiny_pipeline, tiny_transformer
 from tests.inference.test_batch import alone, request
@@ -111,6 +112,24 @@ def test_replays_are_the_steps(captured, settings):
         different.add(str(codes.tolist()))
         assert len(captured) == N  # the first sample captures, the others replay
     assert len(different) == 3
+
+
+def test_replays_hear_the_decoder(captured):
+    """What it expects is another number at each replay, of images beside spare rows, also behind given tokens."""
+    pipe = tiny_pipeline(
+        dtype=torch.float32, tokenizer={"spectral_shortcut": True, "encoder_layers": 0},
+        transformer={"codebook_dim": 8, "decoder_feedback": True},
+    )  # fmt: skip
+
+    def sampled(kind, labels, scale, given=None):
+        feedback = feedback_for(pipe.transformer, pipe.tokenizer, len(labels))
+        return generate(kind, pipe.transformer, labels, [scale] * N, given, feedback=feedback)
+
+    given = None
+    for labels, scale in (([0, 1, 2], 2.0), ([3, 3, 1], 4.0), ([1, 0, 3], 1.0), ([2, 0, 1], 2.0)):
+        codes = sampled(GraphedTokenGenerator, labels, scale, given)
+        assert torch.equal(codes, sampled(TokenGenerator, labels, scale, given))
+        given = codes[:, :5]
 
 
 def test_batch_sizes_of_a_bucket_share_graphs(captured):

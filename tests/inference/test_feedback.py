@@ -1,5 +1,7 @@
 """Decoder feedback: what is expected of the next token, and sampling with it in every way there is."""
 
+import time
+
 import pytest
 import torch
 
@@ -126,6 +128,24 @@ def test_one_goes_on_from_a_prefix_of_ones_own(pipe):
         assert torch.equal(latents(pipe, prefix_codes=codes[:, :k]), codes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_goes_on_as_it_began(dtype):
+    pipe = tiny_pipeline(tokenizer=SHORTCUT, transformer=LISTENS, dtype=dtype)
+    codes = latents(pipe)
+    for k in (1, 7, N - 1):
+        assert torch.equal(latents(pipe, prefix_codes=codes[:, :k]), codes)
+    assert torch.equal(torch.stack([step.codes[:, -1] for step in pipe.stream([1, 2], generator=seed(5))], 1), codes)
+
+
+def test_autocast_around_a_run_changes_no_code():
+    pipe = tiny_pipeline(tokenizer=SHORTCUT, transformer=LISTENS, dtype=torch.float32)
+    expected = latents(pipe)
+    with torch.autocast("cpu", torch.bfloat16):
+        steps = list(pipe.stream([1, 2], generator=seed(5), output_type="pt"))  # frames are made before the next token
+        assert torch.equal(latents(pipe), expected)
+    assert torch.equal(steps[-1].codes, expected)
+
+
 def test_an_image_is_the_same_alone_and_beside_others(pipe):
     both = pipe([1, 2], generator=[seed(3), seed(4)], output_type="latent").codes
     assert torch.equal(pipe(2, generator=seed(4), output_type="latent").codes, both[1:])
@@ -173,6 +193,18 @@ def test_the_engine_serves_the_same_codes_and_frames(pipe):
         assert [frame.codes.shape[1] for frame in frames] == lengths
         for frame in frames if wanted != "none" else ():
             torch.testing.assert_close(frame.images, pipe.decode(frame.codes))
+
+
+def test_what_has_been_served_keeps_no_decoder(pipe):
+    engine = Engine(pipe.transformer, pipe.tokenizer)
+    whole, left = (engine.sample(pipe.request(1, generator=seed()), wanted=wanted) for wanted in ("last", "all"))
+    left.close()
+    assert [frame for frame in whole if frame] and whole.request.feedback is None
+    deadline = time.monotonic() + 60
+    while engine.num_requests:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert left.request.feedback is None
 
 
 @pytest.mark.parametrize(("tokenizer", "said"), [

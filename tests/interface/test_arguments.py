@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spectralar import SpectralARPipeline, SpectralARTransformer
-from tests.helpers import record_steps, seed, sharing_weights, tiny_pipeline, tiny_tokenizer, tiny_transformer
+from tests.helpers import seed, tiny_pipeline, tiny_tokenizer, tiny_transformer
 
 N = 12  # tokens of the tiny models, 16x16 images, 4 classes
 HOLDS_ITSELF = [1]
@@ -19,22 +19,6 @@ ODD = {  # tensors whose numbers are not to be read as those of others
     "nested": torch.nested.nested_tensor([CODES[0], CODES[1]]),
     "quantized": torch.quantize_per_tensor(CODES.float(), 1, 0, torch.quint8),
 }
-
-
-@pytest.fixture(scope="module")
-def shared():
-    return tiny_pipeline()
-
-
-@pytest.fixture
-def pipe(shared):
-    """The same models all through; the pipeline's own state is new in each test."""
-    return sharing_weights(shared)
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    return record_steps(monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def assert_same_run(output: Path, reference: Path, stage: str) -> None:
     assert ours == theirs
 
 
-def assert_same_up_to_rounding(output: Path, reference: Path, stage: str, atol: float = 2e-4) -> None:
+def assert_same_up_to_rounding(output: Path, reference: Path, stage: str, atol: float = 3e-4) -> None:
     """Weights and logged losses that differ only as sums in another order do; one step moves a weight by 1e-3."""
     assert newest_step(output, stage) == newest_step(reference, stage)
     ours, theirs = training_state(output, stage)["weights"], training_state(reference, stage)["weights"]

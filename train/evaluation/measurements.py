@@ -236,9 +236,8 @@ def entropy_by_position(run: Evaluation, codes: Tensor) -> Tensor:
     def entropies(c: Tensor, y: Tensor) -> Tensor:
         return len(c) * next_token_entropy(logits_of, c.long().to(device), y.to(device))
 
-    return sum(run.team.map(entropies, ENCODE_BATCH, "next-token entropy", codes, run.labels[: len(codes)])) / len(
-        codes
-    )
+    total = sum(run.team.map(entropies, ENCODE_BATCH, "next-token entropy", codes, run.labels[: len(codes)]))
+    return total / len(codes)
 
 
 def references(run: Evaluation, real: Views, train: Views, train_labels: Tensor) -> dict[str, Any]:
