@@ -15,7 +15,6 @@ of D_N (`objectives.adversarial`), each at a weight that follows its gradient (`
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from spectralar.spectral import nested_targets
 from spectralar.tokenizer import SpectralTokenizer
 
 from .configs.config import Config, TokenizerStage
-from .data.encoding import load_tokenizer
 from .data.images import ImageSet, augment, describe_classes, to_float
 from .data.mixing import MixedImages, load_mixed_splits
 from .data.order import evenly
@@ -37,6 +35,7 @@ from .objectives.shortcut import fit, images_to_fit
 from .runs.checkpoints import publish
 from .runs.command_line import clear_errors, parse_arguments, read
 from .runs.engine import Run, image_grid, make_ema
+from .runs.warm_start import warm_start
 
 REVIVAL_EVERY = 10  # steps between looks for dead codes: each look waits for the device
 EVAL_IMAGES, SHOWN_IMAGES = 1024, 10
@@ -109,21 +108,13 @@ def sample_to_fit(config: Config, sources: dict[str, ImageSet]) -> Tensor:
 
 def make_tokenizer(run: Run, config: Config) -> SpectralTokenizer:
     """The tokenizer to train: with random weights or those of a trained one, whose codebook is in use at once."""
-    folder, names = config.train_tokenizer.init_from, asdict(config.tokenizer)
-    learns_codes = config.tokenizer.encoder_layers > 0
     try:
-        fresh = SpectralTokenizer(**names)
+        fresh = SpectralTokenizer(**asdict(config.tokenizer))
     except ValueError as error:
         run.exit(str(error))
-    if not folder:
-        fresh.quantizer.requires_grad_(learns_codes)
-        return fresh
-    tokenizer = load_tokenizer(Path(folder)).float()
-    different = [f"{name}={tokenizer.config[name]}" for name in names if tokenizer.config[name] != fresh.config[name]]
-    if different:
-        run.exit(f"The tokenizer in {folder} has {', '.join(different)}, other than this run: set the same.")
-    tokenizer.requires_grad_(True).quantizer.requires_grad_(learns_codes)
-    return tokenizer.train()
+    tokenizer = warm_start(fresh, config.train_tokenizer.init_from)
+    tokenizer.quantizer.requires_grad_(config.tokenizer.encoder_layers > 0)  # else it is the shortcut's
+    return tokenizer
 
 
 def train(run: Run, config: Config, sources: dict[str, ImageSet], heldout: dict[str, ImageSet]) -> None:

@@ -29,6 +29,7 @@ from .runs.checkpoints import publish
 from .runs.command_line import clear_errors, parse_arguments, read
 from .runs.early_stopping import EarlyStopping
 from .runs.engine import Run, image_grid, make_ema
+from .runs.warm_start import warm_start
 
 EVAL_IMAGES, EVAL_IMAGES_WITH_FEEDBACK = 2048, 256
 SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_GUIDANCE = 10, 8, 2.0
@@ -141,6 +142,7 @@ def train(run: Run, config: Config) -> None:
         num_tokens=tokenizer.config.num_tokens,
         **asdict(config.transformer),
     )
+    transformer = warm_start(transformer, stage.init_from)
     if transformer.entry_maps is not None:
         transformer.entry_maps.adopt(tokenizer.quantizer.codebook, tokenizer.shortcut)
     if stage.gradient_checkpointing:

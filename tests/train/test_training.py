@@ -384,7 +384,21 @@ def test_a_run_starts_from_a_trained_tokenizer(scripts, command, reference, tmp_
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
     code, text = scripts.run("train_tokenizer", command("tokenizer", *start, "tokenizer.hidden_size=32"))
     assert code == 1
-    assert f"The tokenizer in {reference}/tokenizer has hidden_size=16, other than this run: set the same." in text
+    said = f"The SpectralTokenizer in {reference}/tokenizer has hidden_size=16, other than this run: set the same."
+    assert said in text
+
+
+def test_a_run_starts_from_a_trained_transformer(scripts, command, reference, tmp_path):
+    folder = reference / "pipeline" / "transformer"
+    start = [f"train_transformer.init_from={folder}", "train_transformer.lr=1e-9"]
+    code, text = scripts.run("train_transformer", command("transformer", *start))
+    assert code == 0, text
+    files = (place / "pipeline/transformer/diffusion_pytorch_model.safetensors" for place in (tmp_path, reference))
+    torch.testing.assert_close(*map(load_file, files), rtol=1e-3, atol=1e-5)
+    code, text = scripts.run("train_transformer", command("transformer", *start, "transformer.hidden_size=32"))
+    assert code == 1 and "has hidden_size=16, other than this run: set the same." in text, text
+    code, text = scripts.run("train_transformer", command("transformer", f"train_transformer.init_from={tmp_path}"))
+    assert code == 1 and f"there is no SpectralARTransformer in {tmp_path}" in text and "Traceback" not in text, text
 
 
 def test_other_settings_of_the_training_itself_may_change(scripts, command, tmp_path):

@@ -192,6 +192,7 @@ class TokenizerStage(StageConfig):
 class TransformerStage(StageConfig):
     """Stage 2: next-token prediction."""
 
+    init_from: str = ""  # folder of a transformer of the same shape to start from; "" = random weights
     fsdp: bool = False  # weights, gradients, moments, averages in shards, one a process, not a copy in each
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: memory for a third more work
     label_dropout: float = 0.1  # probability of the null class, for classifier-free guidance
