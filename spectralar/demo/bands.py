@@ -217,13 +217,13 @@ def build(model: Model) -> Linked:
         with one_sentence():
             analysis = Analysis(model, origins.picture(origin, photo))
         value = analysis.value()
-        charts, drawn = {}, {}
+        drawn = {}
         yield {view: value | {"busy": True, "status": "Drawing the figures"}}
         for name, chart in analysis.charts():
-            charts[name], drawn[figures[name]] = chart, shown(chart)
+            drawn[figures[name]] = shown(chart)
             yield {figures[name]: drawn[figures[name]]}
         # All figures once more: a browser that is still putting up the tab may have missed one.
-        yield {view: value, held: charts} | drawn
+        yield {view: value, held: analysis.picture} | drawn
 
     def draw_influence(progress: gr.Progress = gr.Progress()) -> Iterator[Any]:  # noqa: B008  (Gradio's way)
         for part, description in influence.steps():
@@ -239,8 +239,12 @@ def build(model: Model) -> Linked:
         draw_influence, None, figures["influence"], concurrency_id="influence", concurrency_limit=1,
         api_visibility="private", show_progress_on=measure,
     )  # fmt: skip
-    listen_to_saves({name: figures[name] for name in own}, held, "bands-file")
-    listen_to_saves({"influence": figures["influence"]}, influence.charts, "influence-file")
+
+    def charts_of(picture: Picture) -> dict[str, Chart]:
+        return dict(Analysis(model, picture).charts())
+
+    listen_to_saves({name: figures[name] for name in own}, charts_of, held, "bands-file")
+    listen_to_saves({"influence": figures["influence"]}, lambda _: influence.charts, None, "influence-file")
     _add_endpoints(model, influence)
 
     @cache

@@ -145,7 +145,7 @@ def build(model: Model) -> Linked:
         gr.Markdown("This model comes without a model card.", elem_classes="note")
     else:
         gr.Markdown(card, elem_id="model-card")
-    listen_to_saves(figures, drawn, "model-file")
+    listen_to_saves(figures, lambda _: drawn, None, "model-file")
 
     def describe() -> dict[str, Any]:
         """What model the page runs, its schedule, and its codes on held-out images.

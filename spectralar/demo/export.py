@@ -39,8 +39,8 @@ def enlarged(picture: Image.Image) -> Image.Image:
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
-def animation(frames: list[np.ndarray], file_format: str) -> bytes:
-    """An endless animation, coarse to fine, of frames (B, H, H[, 3]) uint8; the last one stays longest."""
+def animation(frames: np.ndarray, file_format: str) -> bytes:
+    """An endless animation, coarse to fine, of frames (k, B, H, H[, 3]) uint8; the last one stays longest."""
     pictures = [enlarged(sheet(images)) for images in frames]
     duration = [round(1000 * ANIMATION_SECONDS / len(pictures))] * len(pictures)
     duration[-1] = round(1000 * LAST_FRAME_SECONDS)
@@ -86,7 +86,7 @@ def snippet(run: Run) -> str:
         "num_images_per_prompt": s.count,
         "guidance_scale": s.guidance_scale,
         "guidance_schedule": s.guidance_schedule,
-        "num_tokens": len(run.frames),
+        "num_tokens": run.num_frames,
         "temperature": s.temperature,
         "top_k": s.top_k,
         "top_p": s.top_p,
@@ -113,12 +113,12 @@ def snippet(run: Run) -> str:
 def export_bytes(run: Run, name: str) -> bytes:
     """The file of one of `EXPORTS`."""
     if name == "png":
-        return png_bytes(sheet(run.frames[-1]))
+        return png_bytes(sheet(run.model.decode(run.codes, [run.num_frames])[:, 0]))
     if name in ("webp", "gif"):
-        return animation(run.frames, name.upper())
+        return animation(run.frames(), name.upper())
     return (record(run) if name == "json" else snippet(run)).encode("utf-8")
 
 
 def export_file(run: Run, name: str, cache_folder: str) -> str:
     """Writes one of `EXPORTS` into the folder that Gradio serves and clears; returns the path."""
-    return write_whole(export_bytes(run, name), f"{run.value['name']}.{name}", cache_folder)
+    return write_whole(export_bytes(run, name), f"{run.name}.{name}", cache_folder)

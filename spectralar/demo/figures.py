@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 from string import Template
@@ -67,36 +67,41 @@ def chart_bytes(chart: Chart, file_format: str) -> bytes:
     return data if isinstance(data, bytes) else data.encode("utf-8")
 
 
-def listen_to_saves(figures: Mapping[str, gr.HTML], charts: gr.State | Mapping[str, Chart], elem_id: str) -> None:
-    """Lets figures be saved.
+def listen_to_saves(
+    figures: Mapping[str, gr.HTML],
+    charts_of: Callable[[Any], Mapping[str, Chart]],
+    drawn_from: gr.State | None,
+    elem_id: str,
+) -> None:
+    """Lets figures be saved. A visitor's own are drawn once more for that: each takes megabytes, a session should not.
 
     Args:
         figures: by the names that their files have.
-        charts: by the same names; a state that holds such a dict if every visitor has their own.
+        charts_of: the charts by the same names, those that there are, from what `drawn_from` holds.
+        drawn_from: what a visitor's own figures were drawn from, None before; no state if all visitors have the same.
         elem_id: of the hidden button that hands over the file.
     """
     file = gr.DownloadButton(visible="hidden", elem_id=elem_id)
 
-    def write(held: Mapping[str, Chart] | None, name: str, file_format: str) -> str:
-        if not held or name not in held:
+    def write(charts: Mapping[str, Chart], name: str, file_format: str) -> str:
+        if name not in charts:
             raise user_error("This figure has not been drawn yet.")
         with one_sentence():
-            data = chart_bytes(held[name], file_format)
+            data = chart_bytes(charts[name], file_format)
         return write_whole(data, f"{name.replace('_', '-')}.{file_format}", file.GRADIO_CACHE)
 
     for name, view in figures.items():
 
         def save_own(held: Any, event: gr.EventData, name: str = name) -> str:
-            return write(held, name, event.format)
+            return write({} if held is None else charts_of(held), name, event.format)
 
         def save_shared(event: gr.EventData, name: str = name) -> str:
-            return write(charts, name, event.format)
+            return write(charts_of(None), name, event.format)
 
-        own = isinstance(charts, gr.State)
-        view.save(
-            save_own if own else save_shared, charts if own else None, file,
-            api_visibility="private", show_progress="hidden",
-        ).success(None, js=f"() => document.querySelector('#{elem_id}').click()")  # fmt: skip
+        save = save_shared if drawn_from is None else save_own
+        view.save(save, drawn_from, file, api_visibility="private", show_progress="hidden").success(
+            None, js=f"() => document.querySelector('#{elem_id}').click()"
+        )
 
 
 def tables(charts: Mapping[str, Chart]) -> dict[str, dict[str, Any]]:

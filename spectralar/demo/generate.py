@@ -188,7 +188,7 @@ class _Tab:
         for name, button in self.downloads.items():
             written = button.click(
                 partial(export_file, name=name, cache_folder=file.GRADIO_CACHE), self.run, file,
-                api_visibility="private", show_progress="hidden",
+                api_visibility="private", show_progress="minimal", show_progress_on=button,
             )  # fmt: skip
             written.success(None, js="() => document.querySelector('#export-file').click()")
 
@@ -197,10 +197,11 @@ class _Tab:
             settings = Settings.checked(self.model, *values)
         with closing(stream(self.model, settings)) as runs:
             for run in runs:
-                yield {self.view: run.snapshot()} | ({} if run.frames else {self.run: run})
+                yield {self.view: run.snapshot()} | ({} if run.num_frames else {self.run: run})
+            run.let_go()
 
     def stopped(self, run: Run | None) -> dict:
-        if run is None:  # stopped while waiting for its turn
+        if run is None or run.value is None:  # stopped while waiting for its turn, or when all was there
             return {self.view: gr.skip()}
         run.finish(stopped=True)
         return {self.view: run.snapshot()}

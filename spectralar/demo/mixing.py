@@ -102,9 +102,9 @@ class Continuation:
         if stopped:
             self.value["status"] = f"Stopped after {len(self.images)} of {self.model.num_tokens} exchange points"
 
-    def chart(self) -> Chart | None:
-        """The strip of the first variation, as far as it goes."""
-        return strip_chart(self.codes, np.stack([images[0] for images in self.images])) if self.images else None
+    def chart(self) -> Chart:
+        """The strip of the first variation, as far as it goes; there must be one."""
+        return strip_chart(self.codes, np.stack([images[0] for images in self.images]))
 
     def snapshot(self) -> dict[str, Any]:
         """The value as it is now: Gradio keeps what it sent to find the difference, so lists must be copies."""

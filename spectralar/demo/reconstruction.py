@@ -1,4 +1,4 @@
-"""An image, its codes, and every prefix of them decoded: what the Reconstruct tab shows, as numbers and pixels."""
+"""An image, its codes and every prefix of them: what the Reconstruct tab shows, as numbers and pixels."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ from .scrubber import StripEncoder, scrubber_value
 PICTURES = ("Original", "Ideal low-pass", "Reconstruction")
 
 
+MEASURES = (("PSNR", psnr, 99.9, {"unit": "dB", "digits": 1}), ("SSIM", ssim, 1 - 1e-6, {"unit": "", "digits": 3}))
+
+
 class Reconstruction:
-    """An image with its codes and all its decoded prefixes. Kept in the visitor's session for edits of the codes.
+    """An image with its codes, and what plain codecs reach.
+
+    It lies in the visitor's session, for edits of the codes, until somebody else's takes its place. So what is large,
+    the decoded prefixes, is made anew for each edit.
 
     Args:
         model: the model.
@@ -35,20 +41,38 @@ class Reconstruction:
     ) -> None:
         self.image, self.unedited = image, unedited
         self.codes = model.encode(image[None])[0] if codes is None else codes
-        self.frames: Tensor = model.decode_prefixes(self.codes)  # (N, C, H, H), not clamped
         self._bits = prefix_bits(model.num_tokens, model.codebook_size)
 
     @cached_property
-    def coded(self) -> dict[str, list[Tensor | None]]:
-        """What plain codecs make of the image at the bits of each prefix length, see `codecs.baselines`."""
-        return baselines(self.image, self._bits) if self.unedited is None else self.unedited.coded
+    def coded(self) -> dict[str, dict[str, list[float | None]]]:
+        """What plain codecs reach at the bits of each prefix length, see `codecs.baselines`: by measure and codec."""
+        if self.unedited is not None:
+            return self.unedited.coded
+        images = baselines(self.image, self._bits)
+        return {
+            title: {
+                name: [None if x is None else round(float(measure(x, self.image)), 4) for x in row]
+                for name, row in images.items()
+            }
+            for title, measure, *_ in measures_of(self.image)
+        }  # fmt: skip
 
 
-def strips(model: Model, shown: Reconstruction) -> tuple[list[dict[str, Any]], list[str], Iterator[list[np.ndarray]]]:
-    """The rows of pictures, by how much each token's own are enlarged, and the tiles for each prefix length."""
-    image, frames = shown.image, shown.frames
+def measures_of(image: Tensor) -> list[tuple[Any, ...]]:
+    """Those of `MEASURES` that an image is large enough for."""
+    return [measure for measure in MEASURES if measure[0] != "SSIM" or image.shape[-1] >= SSIM_WINDOW]
+
+
+def strips(
+    model: Model, shown: Reconstruction, frames: Tensor
+) -> tuple[list[dict[str, Any]], list[str], Iterator[list[np.ndarray]]]:
+    """The rows of pictures, by how much each token's own are enlarged, and the tiles for each prefix length.
+
+    frames: all prefixes (N, C, H, H).
+    """
+    image = shown.image
     targets = nested_targets(image[None], model.cutoffs)[0]  # (N, C, H, H)
-    compared = image if shown.unedited is None else shown.unedited.frames
+    compared = image if shown.unedited is None else model.decode_prefixes(shown.unedited.codes)
     error = frames.clamp(-1, 1) - compared.clamp(-1, 1)
     parts = token_contributions(frames[None], model.cutoffs)
     refinement, opening = parts.refinement[0], parts.opening[0]
@@ -88,25 +112,21 @@ def strips(model: Model, shown: Reconstruction) -> tuple[list[dict[str, Any]], l
     return groups, [f"{g:.2g}" for g in gain.flatten().tolist()], tiles()
 
 
-def quality(model: Model, shown: Reconstruction, codecs: bool = True) -> list[dict[str, Any]]:
+def quality(model: Model, shown: Reconstruction, frames: Tensor, codecs: bool = True) -> list[dict[str, Any]]:
     """PSNR and SSIM over the prefix length as charts of the scrubber; beside them what plain codecs reach.
 
     Args:
         model: the model.
-        shown: the image and its prefixes.
+        shown: the image.
+        frames: its prefixes (N, C, H, H).
         codecs: whether to wait for the plain codecs; without them their charts have empty places.
     """
-    if codecs:
-        coded, missing = shown.coded, "cannot go this low"
-    else:
-        coded, missing = dict.fromkeys(BASELINES, [None] * model.num_tokens), "…"
-    image, frames = shown.image, shown.frames
+    coded, missing = (shown.coded, "cannot go this low") if codecs else ({}, "…")
+    unknown = dict.fromkeys(BASELINES, [None] * model.num_tokens)
+    image = shown.image
     targets = nested_targets(image[None], model.cutoffs)[0]
-    measures = [("PSNR", psnr, 99.9, {"unit": "dB", "digits": 1})]
-    if model.image_size >= SSIM_WINDOW:
-        measures.append(("SSIM", ssim, 1 - 1e-6, {"unit": "", "digits": 3}))
     own, others = [], []
-    for title, measure, best, axis in measures:
+    for title, measure, best, axis in measures_of(image):
         measured = {
             "reconstruction to image": measure(frames, image),
             "reconstruction to low-pass": measure(frames, targets),
@@ -117,10 +137,7 @@ def quality(model: Model, shown: Reconstruction, codecs: bool = True) -> list[di
             for name, values in measured.items()
         ]
         own.append(_with_range({"title": title, "missing": "exact", "series": series, **axis}))
-        reached = [
-            {"name": name, "values": [None if x is None else round(float(measure(x, image)), 4) for x in row]}
-            for name, row in coded.items()
-        ]
+        reached = [{"name": name, "values": values} for name, values in coded.get(title, unknown).items()]
         title = f"{title} of others at the same number of bits"
         others.append(_with_range({"title": title, "missing": missing, "series": [series[0], *reached], **axis}))
     return [*own, *others]
@@ -133,7 +150,8 @@ def _with_range(chart: dict[str, Any]) -> dict[str, Any]:
 
 def scrubber_values(model: Model, shown: Reconstruction) -> Iterator[dict[str, Any]]:
     """The scrubber's value, first without and then with the plain codecs, which take longer."""
-    groups, gains, tiles = strips(model, shown)
+    frames = model.decode_prefixes(shown.codes)  # (N, C, H, H), not clamped
+    groups, gains, tiles = strips(model, shown, frames)
     edited = shown.unedited is not None
     value = scrubber_value(
         groups, model.cutoffs, model.image_size, model.codebook_size, keep_place=edited, name="reconstruction"
@@ -141,11 +159,11 @@ def scrubber_values(model: Model, shown: Reconstruction) -> Iterator[dict[str, A
     encoder = StripEncoder(model.num_tokens)
     value["frames"] = [encoder.encode(tile) for tile in tiles]
     value["codes"], value["gains"] = [[code] for code in shown.codes], gains
-    value["charts"] = quality(model, shown, codecs=edited)
+    value["charts"] = quality(model, shown, frames, codecs=edited)
     changed = sum(a != b for a, b in zip(shown.codes, shown.unedited.codes, strict=True)) if edited else 0
     value["status"] = (
         f"{changed} of {model.num_tokens} codes replaced; the fourth picture shows what moved" if edited else ""
     )
     yield value
     if not edited:
-        yield value | {"charts": quality(model, shown)}
+        yield value | {"charts": quality(model, shown, frames)}

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from ..analysis.chart import Chart
 from ..interface.image import to_model_input
 from .cache import PictureOutput
 from .errors import number, one_sentence, user_error, whole_number
@@ -85,7 +86,7 @@ def build(model: Model) -> Linked:
     tab = _Tab(model, origins, (a, b), [mode, label, seed, scale], view, strip, go, stop, gr.State(None))
     links = tab.links()
     tab.listen(thumbnails, [values for _, values in examples], links)
-    listen_to_saves({"remix": strip}, tab.charts, "remix-file")
+    listen_to_saves({"remix": strip}, tab.charts_of, tab.mixed, "remix-file")
     _add_endpoints(model)
     return Linked(links, [go.click])
 
@@ -121,7 +122,7 @@ class _Tab:
     go: gr.Button
     stop: gr.Button
     run: gr.State  # the `Continuation` that is under way
-    charts: gr.State = field(default_factory=lambda: gr.State(None))
+    mixed: gr.State = field(default_factory=lambda: gr.State(None))  # the codes that the strip shows
 
     def __post_init__(self) -> None:
         self.continuations = on_gpu(self._continuations)
@@ -132,7 +133,7 @@ class _Tab:
         return [Link(name, component) for name, component in zip(names, components, strict=True)]
 
     def listen(self, thumbnails: gr.Dataset, examples: list[list[Any]], links: list[Link]) -> None:
-        outputs = [self.view, self.strip, self.go, self.stop, self.run, self.charts]
+        outputs = [self.view, self.strip, self.go, self.stop, self.run, self.mixed]
         options = {
             "outputs": outputs, "concurrency_id": "sample", "concurrency_limit": SAMPLERS, "show_progress": "hidden",
             "api_visibility": "private",
@@ -166,9 +167,8 @@ class _Tab:
                 b = self.origins.picture(origin_b, photo_b, "image B")
         if mode == TAIL:
             codes, images = exchange(self.model, a, b)
-            chart = strip_chart(codes, images)
             value = exchange_value(self.model, a, b, images)
-            yield {self.view: value, self.strip: shown(chart), self.charts: {"remix": chart}}
+            yield {self.view: value, self.strip: shown(strip_chart(codes, images)), self.mixed: codes}
         else:
             yield from self.continue_as(a, *sampling)
 
@@ -202,15 +202,18 @@ class _Tab:
     def show(self, run: Continuation) -> dict:
         """Everything as it should be at the beginning or at the end of a run."""
         busy = run.value["busy"]
-        chart = None if busy else run.chart()
+        codes = None if busy else run.codes or None
         return {
             self.view: run.snapshot(),
-            self.strip: None if chart is None else shown(chart),
-            self.charts: None if chart is None else {"remix": chart},
+            self.strip: None if codes is None else shown(run.chart()),
+            self.mixed: codes,
             self.run: run if busy else None,
             self.go: gr.Button(interactive=not busy),
             self.stop: gr.Button(interactive=busy),
         }
+
+    def charts_of(self, codes: list[list[int]]) -> dict[str, Chart]:
+        return {"remix": strip_chart(codes, self.model.decode(codes, [self.model.num_tokens])[:, 0])}
 
     def stopped(self, run: Continuation | None) -> dict:
         if run is None:

@@ -84,26 +84,37 @@ def parse_codes(text: str) -> list[int]:
 
 
 class Run:
-    """One click: its settings, and what has been sampled so far. Kept in the visitor's session for the buttons."""
+    """One click: its settings, and what has been sampled so far.
+
+    It lies in the visitor's session, for the buttons and the exports, until somebody else's takes its place. So it has
+    no pixels: strips are let go of when all have been sent, and frames are decoded again for an export.
+    """
 
     def __init__(self, model: Model, settings: Settings) -> None:
         self.model, self.settings = model, settings
-        self.frames: list[np.ndarray] = []  # (B, H, H[, 3]) uint8, one a prefix length
         self.codes: list[list[int]] = []  # B lists
         count, total = settings.count, settings.num_tokens
-        name = f"{re.sub(r'[^0-9a-z]+', '-', settings.class_label.lower()).strip('-')}-seed{settings.seed}"
+        self.name = f"{re.sub(r'[^0-9a-z]+', '-', settings.class_label.lower()).strip('-')}-seed{settings.seed}"
         self.encoder = StripEncoder(total)
         self.value = scrubber_value(
             [{"title": settings.class_label, "captions": [""] * count}],
-            model.cutoffs, model.image_size, model.codebook_size, num_tokens=total, selectable=True, name=name,
+            model.cutoffs, model.image_size, model.codebook_size, num_tokens=total, selectable=True, name=self.name,
         )  # fmt: skip
         self.value |= {"busy": True, "status": "Waiting for its turn"}
         self.sent_bytes = 0
         self._stop: Callable[[], None] | None = None
 
+    @property
+    def num_frames(self) -> int:
+        """Prefix lengths that have been decoded, k."""
+        return len(self.codes[0]) if self.codes else 0
+
+    def frames(self) -> np.ndarray:
+        """Pixels of all prefixes: (k, B, H, H[, 3]) uint8."""
+        return self.model.decode(self.codes, list(range(1, self.num_frames + 1))).swapaxes(0, 1)
+
     def add(self, frame: Frame) -> None:
         """Takes a frame; its strip is encoded here, beside the model, which samples on in a thread of its own."""
-        self.frames.append(frame.images)
         self.codes = frame.codes
         self._show(self.encoder.encode(frame.images), frame)
 
@@ -136,7 +147,11 @@ class Run:
         if stopped:
             if self._stop is not None:
                 self._stop()
-            self.value["status"] = f"Stopped after {len(self.frames)} of {self.settings.num_tokens} tokens"
+            self.value["status"] = f"Stopped after {self.num_frames} of {self.settings.num_tokens} tokens"
+
+    def let_go(self) -> None:
+        """Of what has been sent. Afterwards there is no snapshot."""
+        self.value, self._stop = None, None
 
     def snapshot(self) -> dict[str, Any]:
         """The value as it is now: Gradio keeps what it sent to find the difference, so lists must be copies."""
@@ -158,7 +173,7 @@ def stream(model: Model, settings: Settings) -> Iterator[Run]:
                     run.add(frame)
                     news = True
                 due = run.interval() if news else SECONDS_WITHOUT_NEWS
-                if (frame and len(run.frames) == 1) or time.perf_counter() - sent >= due:
+                if (frame and run.num_frames == 1) or time.perf_counter() - sent >= due:
                     yield run
                     sent, news = time.perf_counter(), False
         if run.value["busy"]:  # not stopped

@@ -1,3 +1,5 @@
+import base64
+import io
 import math
 import threading
 import time
@@ -6,6 +8,7 @@ import gradio as gr
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from spectralar.demo.runs import SECONDS_A_MESSAGE, SECONDS_A_VISITOR, Run, Settings, parse_codes, stream
 
@@ -14,6 +17,10 @@ NAMES = (
     "class_label", "count", "seed", "guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p",
     "num_tokens", "prefix_codes",
 )  # fmt: skip
+
+
+def picture(data_url):
+    return Image.open(io.BytesIO(base64.b64decode(data_url.partition(",")[2])))
 
 
 def checked(model, **changes):
@@ -87,10 +94,11 @@ def test_a_run_is_the_pipelines_stream(kind, request):
                           guidance_schedule="linear")
     )  # fmt: skip
     assert run.codes == steps[-1].codes.tolist()
-    assert len(run.frames) == len(run.value["frames"]) == len(run.value["codes"]) == model.num_tokens
-    for frame, step in zip(run.frames, steps, strict=True):
-        for pixels, image in zip(frame, step.images, strict=True):
-            np.testing.assert_array_equal(pixels, np.asarray(image))
+    assert run.num_frames == len(run.value["frames"]) == len(run.value["codes"]) == model.num_tokens
+    for strip, again, step in zip(run.value["frames"], run.frames(), steps, strict=True):
+        images = [np.asarray(image) for image in step.images]
+        np.testing.assert_array_equal(np.asarray(picture(strip)), np.concatenate(images, axis=1))
+        np.testing.assert_allclose(again.astype(int), np.stack(images).astype(int), atol=1)
     assert [list(column) for column in zip(*run.value["codes"], strict=True)] == run.codes
 
 
@@ -108,10 +116,11 @@ def test_every_frame_of_a_given_prefix_is_there(model):
     *_, whole = stream(model, checked(model))
     prefix = whole.codes[1][:5]
     *_, run = stream(model, checked(model, prefix_codes=prefix, seed=8))
-    assert len(run.frames) == 12
+    assert run.num_frames == len(run.value["frames"]) == 12
     assert all(codes[:5] == prefix for codes in run.codes) and run.codes[0] != run.codes[1]
     for k in range(5):
-        np.testing.assert_allclose(run.frames[k][0].astype(int), whole.frames[k][1].astype(int), atol=1)
+        strip, expected = (np.asarray(picture(of.value["frames"][k]), int) for of in (run, whole))
+        np.testing.assert_allclose(strip[:, :16], expected[:, 16:32], atol=1)
 
 
 @pytest.mark.parametrize("how", ["left", "stopped", "stopped while waiting"])
@@ -127,7 +136,7 @@ def test_leaving_and_stopping_end_the_sampling(model, monkeypatch, how):
     monkeypatch.setattr(model.pipe.transformer, "step", held)
     runs = stream(model, checked(model))
     run = next(runs)
-    next(run for run in runs if run.frames or not steps)
+    next(run for run in runs if run.num_frames or not steps)
     if how == "left":
         runs.close()
     else:

@@ -21,7 +21,7 @@ def warm_start(fresh: Model, folder: str) -> Model:
         return fresh
     what = type(fresh).__name__
     if not (Path(folder) / "config.json").is_file():
-        raise SystemExit(f"init_from: there is no {what} in {folder}, which has to hold a config.json and the weights.")
+        raise SystemExit(f"init_from: there is no {what} in {folder}, which must hold a config.json and weights.")
     trained = type(fresh).from_pretrained(folder, dtype=torch.float32)
     trained.register_to_config(_name_or_path="")  # a path of this machine, which would be saved with the model
     settings = {name: value for name, value in fresh.config.items() if not name.startswith("_")}
