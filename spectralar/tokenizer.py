@@ -372,7 +372,7 @@ class SpectralTokenizer(LayerwiseCasting, ModelMixin, ConfigMixin):
         x = x.view(x.shape[0], grid, grid, channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
         x = x.reshape(x.shape[0], channels, grid * patch, grid * patch)  # (B, C, H, H)
         x = x if base is None else x + base.to(x.dtype)
-        # Its few channels side by side: a CPU takes half the time.
+        # Its few channels side by side: CPUs take up to half the time.
         return x + self.seam_conv(x.contiguous(memory_format=torch.channels_last))
 
     def _checkpointed(self, function: Callable, *args: Any) -> Any:
