@@ -40,7 +40,7 @@ from .data.codes import fingerprint
 from .data.decoding import on_main
 from .data.images import ImageSet, load_images
 from .data.mixing import load_mixed
-from .data.order import in_proportion
+from .data.order import in_proportion, of_classes
 from .data.sources import list_images
 from .data.variances import dct_variances
 from .evaluation.judges import JUDGES, Judge, make_judge
@@ -104,7 +104,7 @@ def evaluate(
             write_statistics(run.folder, codes, size, entropy, measured, bound)
     with timed(run, results, "references"):
         seen = run.judge_pixels(train.images, "judging training images")
-        results["references"] = references(run, real, seen, train.labels[: args.samples])
+        results["references"] = references(run, real, seen, train.labels)
     results["samples"], bank, samples = [], {}, {}
     for scale in args.guidance_scales:
         with timed(run, results, f"samples at guidance scale {scale:g}"):
@@ -334,11 +334,14 @@ def main(argv: list[str] | None = None) -> None:
         pipe = SpectralARPipeline.from_pretrained(args.model).to(team.device)
         pipe.set_progress_bar_config(disable=True)
         check_fit(pipe, judges, heldout)
+        sample_labels = in_proportion(counts, args.samples)
+        alike = of_classes(train.labels, sample_labels)
+        alike = alike if len(alike) >= LEAST_MANIFOLD else torch.arange(len(train))
         run = Evaluation(
             pipe, judges, make_perceptual(args.perceptual, team.device), heldout.images, heldout.labels,
-            sample_labels=in_proportion(counts, args.samples),
+            sample_labels=sample_labels, train_alike=alike,
             prefix_images=min(args.prefix_images, len(heldout)),
-            manifold_images=min(args.samples, len(heldout), len(train)),
+            manifold_images=min(args.samples, len(heldout), len(alike)),
             seed=args.seed, folder=args.output, team=team,
         )  # fmt: skip
         results = conditions(args, config, run, argv)

@@ -82,6 +82,16 @@ def test_what_few_images_allow_is_measured(folder_of, capsys, classes, train, he
     assert "could not be drawn" not in page and "recall</span>" not in page
 
 
+def test_the_floor_is_of_the_samples_classes(folder_of):
+    folder = folder_of(["a", "b"], 40, 12)
+    for path in sorted((folder / "images" / "train" / "b").iterdir())[3:]:
+        path.unlink()
+    results = evaluate(folder, "--classes", "even", "--samples", 20)
+    floor = results["references"]["train"]["classifier"]
+    assert floor["images"] == 10 + 3
+    assert floor["manifold_images"] == results["samples"][0]["judged"]["classifier"]["manifold_images"] == 13
+
+
 def test_too_few_images_are_said_at_once(folder_of):
     folder = folder_of(["a"], 1, 1)
     with pytest.raises(SystemExit, match="take two images of each kind or more, and there are 1 held-out and 1"):

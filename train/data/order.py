@@ -30,6 +30,12 @@ def in_proportion(counts: torch.Tensor, n: int) -> torch.Tensor:
     return labels[order].repeat(n // len(labels) + 1)[:n]
 
 
+def of_classes(labels: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Indices of images with labels (n,): of each class as many as there are in `wanted` (m,), or all there are."""
+    chosen = [(labels == c).nonzero()[: int(count), 0] for c, count in enumerate(wanted.bincount())]
+    return torch.cat(chosen).sort().values
+
+
 def check_batch(n: int, batch_size: int) -> None:
     """Raises a `ValueError` if n images do not make up one batch."""
     if n < batch_size:

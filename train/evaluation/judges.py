@@ -54,8 +54,11 @@ class Judged:
     def __len__(self) -> int:
         return len(self.features)
 
+    def __getitem__(self, which: slice | Tensor) -> Judged:
+        return Judged(*(getattr(self, item.name)[which] for item in fields(self)))
+
     def first(self, n: int) -> Judged:
-        return Judged(*(getattr(self, item.name)[:n] for item in fields(self)))
+        return self[:n]
 
     def hits(self, labels: Tensor, top: int = 1) -> Tensor | None:
         """Which images (n,) have their label (n,) among the `top` likeliest classes; None if the judge knows none."""

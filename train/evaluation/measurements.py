@@ -46,6 +46,7 @@ class Evaluation:
     images: Tensor  # (n, C, H, H) uint8, held out
     labels: Tensor  # (n,)
     sample_labels: Tensor  # (m,) classes of the samples
+    train_alike: Tensor  # which of the training images stand for samples of a perfect model
     prefix_images: int  # how many of the images, and of the samples, are measured at several prefix lengths
     manifold_images: int  # how many of a set precision, recall, density and coverage are measured on
     seed: int
@@ -241,7 +242,11 @@ def entropy_by_position(run: Evaluation, codes: Tensor) -> Tensor:
 
 
 def references(run: Evaluation, real: Views, train: Views, train_labels: Tensor) -> dict[str, Any]:
-    """By judge: held-out images as they are, and training images against them, which nothing generated can beat."""
+    """By judge: held-out images as they are, and against them what nothing generated can beat.
+
+    That are training images of the samples' classes: where classes are sampled evenly and held-out images are uneven,
+    the distance is that of the proportions first of all.
+    """
     return {
         "heldout": {
             name: {
@@ -252,7 +257,7 @@ def references(run: Evaluation, real: Views, train: Views, train_labels: Tensor)
             for name, judged in real.items()
         },
         "train": {
-            name: compare(real[name], train[name].first(len(train_labels)), train_labels, run.manifold_images)
+            name: compare(real[name], train[name][run.train_alike], train_labels[run.train_alike], run.manifold_images)
             for name in real
         },
     }  # fmt: skip

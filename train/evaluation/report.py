@@ -224,7 +224,7 @@ def _samples(r: dict[str, Any], judge: str) -> str:
     held = {"fd": 0.0, "sfd": 0.0, **held}
     cells = [shown(held.get(column), *FORMATS[column][1:]) for column in columns]
     rows.append(["Held-out images", held["images"], *cells])
-    note = "\n\nReal training images, as many as there are samples, are what a perfect model would come to."
+    note = "\n\nReal training images of the samples' classes are what a perfect model would come to."
     if judge == "classifier":
         note += " This judge has seen them with their labels, so their accuracy is too high to compare with."
     if held["accuracy"]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.data.order import balanced_order, evenly, in_proportion, step_indices
+from train.data.order import balanced_order, evenly, in_proportion, of_classes, step_indices
 
 
 def test_each_epoch_is_another_permutation_less_the_last_few():
@@ -92,6 +92,11 @@ def test_every_class_comes_in_every_epoch_however_uneven():
     for balance in ("sqrt", "even"):
         epoch = balanced_order(labels, balance)(0, 1)
         assert len(epoch) == len(labels) and len(labels[epoch].unique()) == 12
+
+
+def test_images_of_wanted_classes_are_those_that_there_are():
+    labels, wanted = torch.tensor([3, 0, 0, 2, 0, 3, 1]), torch.tensor([0, 0, 3, 3, 3, 1])
+    assert of_classes(labels, wanted).tolist() == [0, 1, 2, 5, 6]
 
 
 def test_in_proportion_every_stretch_has_classes_as_they_are():
