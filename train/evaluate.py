@@ -32,6 +32,7 @@ from tqdm import tqdm
 from spectralar import SpectralARPipeline, __version__
 from spectralar.analysis.statistics import write_statistics
 from spectralar.interface.labels import LabelNames
+from spectralar.sampling import check_sampling_arguments
 from spectralar.spectral import gaussian_psnr
 
 from .configs.config import Config
@@ -245,6 +246,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Config]
     )
     add("--guidance-scales", type=_scale, nargs="+", default=[1.0, 1.5, 2.0, 3.0], metavar="W",
         help="one or more (default: 1 1.5 2 3)")  # fmt: skip
+    add("--temperature", type=_temperature, default=1.0, metavar="T", help="of the samples (default: %(default)g)")
     add("--seed", type=int, default=0, metavar="N",
         help="of samples and of the choice of images (default: %(default)s)")  # fmt: skip
     add("--npz", action="store_true", help="also write the samples as the ADM evaluator reads them")
@@ -284,6 +286,13 @@ def _scale(text: str) -> float:
     raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}{hint}")
 
 
+def _temperature(text: str) -> float:
+    try:
+        return check_sampling_arguments(1, float(text), 0, 1.0, 1.0, "constant")["temperature"]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def conditions(args: argparse.Namespace, config: Config, run: Evaluation, argv: list[str] | None) -> dict[str, Any]:
     """What the results depend on."""
     pipe, device = run.pipe, run.team.device.type
@@ -309,7 +318,8 @@ def conditions(args: argparse.Namespace, config: Config, run: Evaluation, argv: 
             name: {"source": other.source, "heldout": other.eval_split} for name, other in config.data.mixed().items()
         },
         "command": "python -m train.evaluate " + shlex.join(sys.argv[1:] if argv is None else argv),
-        "seed": args.seed, "device": device, "threads": args.threads, "processes": run.team.size,
+        "seed": args.seed, "temperature": args.temperature,
+        "device": device, "threads": args.threads, "processes": run.team.size,
         "versions": {"python": platform.python_version()}
         | {"spectralar": __version__}
         | {name: version(name) for name in ("torch", "diffusers", "numpy")},
@@ -342,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
             sample_labels=sample_labels, train_alike=alike,
             prefix_images=min(args.prefix_images, len(heldout)),
             manifold_images=min(args.samples, len(heldout), len(alike)),
-            seed=args.seed, folder=args.output, team=team,
+            seed=args.seed, temperature=args.temperature, folder=args.output, team=team,
         )  # fmt: skip
         results = conditions(args, config, run, argv)
         with output_folder(args, team) as run.folder:

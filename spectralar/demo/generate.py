@@ -78,7 +78,7 @@ def _controls(model: Model) -> dict[str, gr.components.Component]:
             list(GUIDANCE_SCHEDULES), value=DEFAULTS.guidance_schedule, label="Guidance schedule", elem_id="schedule"
         )
         temperature = gr.Slider(
-            0, 2, DEFAULTS.temperature, step=0.01, label="Temperature", info="0 takes the likeliest token"
+            0, 2, model.temperature, step=0.01, label="Temperature", info="0 takes the likeliest token"
         )
         top_k = gr.Slider(0, model.codebook_size, DEFAULTS.top_k, step=1, label="Top-k", info="0 is off")
         top_p = gr.Slider(0.01, 1, DEFAULTS.top_p, step=0.01, label="Top-p", info="1 is off")
@@ -254,7 +254,7 @@ def _add_endpoints(model: Model) -> None:
         seed: int = 0,
         guidance_scale: float = 2.0,
         guidance_schedule: str = "constant",
-        temperature: float = 1.0,
+        temperature: float = model.temperature,
         top_k: int = 0,
         top_p: float = 1.0,
         num_tokens: int | None = None,
@@ -268,7 +268,7 @@ def _add_endpoints(model: Model) -> None:
             seed: of the random numbers; the same seed gives the same images.
             guidance_scale: classifier-free guidance, 1 is off.
             guidance_schedule: "constant", or "linear" or "cosine" from 1 at the first token to the scale at the last.
-            temperature: divides the logits; 0 takes the most likely token.
+            temperature: divides the logits; 0 takes the most likely token. Default: the page's for this model.
             top_k: sample among the k most likely tokens; 0 is off.
             top_p: sample among the most likely tokens of this probability together; 1 is off.
             num_tokens: sample only the first n tokens (default all).
@@ -306,7 +306,7 @@ def _add_endpoints(model: Model) -> None:
             The picture, and {"codes": one list an image, "settings": all of them, "model": its name}.
         """
         with one_sentence():
-            defaults = (DEFAULTS.guidance_schedule, DEFAULTS.temperature, DEFAULTS.top_k, DEFAULTS.top_p)
+            defaults = (DEFAULTS.guidance_schedule, model.temperature, DEFAULTS.top_k, DEFAULTS.top_p)
             settings = Settings.checked(model, class_label, count, seed, guidance_scale, *defaults, num_tokens, [])
             codes, images = sampled(settings)
         return enlarged(sheet(images)), {"codes": codes, "settings": asdict(settings), "model": model.name}

@@ -56,15 +56,14 @@ def continuations(
 
     The random numbers are the same for all k: where neighbouring k differ, it is the prefix that made them.
     """
-    n = model.num_tokens
+    n, how = model.num_tokens, {"guidance_scale": guidance_scale, "temperature": model.temperature}
     ahead = AHEAD if model.engine else 1
     with ExitStack() as stack:  # a visitor who stops or leaves stops all that is on its way
         under_way: deque[Iterable[Sampled | None]] = deque()
         for k in range(1, n):
             for prefix in range(k + len(under_way), min(n, k + ahead)):
-                arguments = {"guidance_scale": guidance_scale, "prefix_codes": [codes[:prefix]]}
                 try:
-                    sampled = model.sampled(class_id, VARIATIONS, seed, **arguments)
+                    sampled = model.sampled(class_id, VARIATIONS, seed, **how, prefix_codes=[codes[:prefix]])
                 except EngineBusyError:
                     if under_way:
                         break  # goes on with fewer at once

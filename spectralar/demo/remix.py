@@ -279,7 +279,8 @@ def _add_endpoints(model: Model) -> None:
             seed = whole_number(seed, "the seed", 0, MAX_SEED)
             guidance_scale = number(guidance_scale, "guidance")
             class_id, prefix = model.label(class_label or ""), picture(image, "an image").codes[:k]
-            codes, images = model.last(class_id, count, seed, guidance_scale=guidance_scale, prefix_codes=[prefix])
+            how = {"guidance_scale": guidance_scale, "temperature": model.temperature}
+            codes, images = model.last(class_id, count, seed, **how, prefix_codes=[prefix])
         return sheet(images), {"codes": codes}
 
     with gr.Group(visible=False):

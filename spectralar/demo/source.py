@@ -103,8 +103,8 @@ class Origins:
 
     def _codes_of_class(self, class_ids: list[int], seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
-        pipe, scale = self.model.pipe, Settings.guidance_scale
-        return pipe(class_ids, guidance_scale=scale, generator=generator, output_type="latent").codes.tolist()
+        how = {"guidance_scale": Settings.guidance_scale, "temperature": self.model.temperature}
+        return self.model.pipe(class_ids, **how, generator=generator, output_type="latent").codes.tolist()
 
 
 def opening_origin(origins: Origins) -> str:

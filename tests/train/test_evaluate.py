@@ -201,7 +201,7 @@ def test_samples_have_the_classes_of_the_held_out_images(files, tmp_path):
     for classes, counts in (("heldout", [12, 3, 3, 3]), ("even", [6, 5, 5, 5])):
         results = evaluate(
             files, tmp_path / classes, f"data.source={tmp_path / 'images'}", "--classes", classes,
-            "--guidance-scales", 1, "--samples", 21,
+            "--guidance-scales", 1, "--samples", 21, "--temperature", 0.8,
         )  # fmt: skip
         shards = [load_file(path)["labels"] for path in sorted((tmp_path / classes).rglob("guidance-1/*"))]
         assert torch.cat(shards).bincount().tolist() == counts
@@ -210,6 +210,7 @@ def test_samples_have_the_classes_of_the_held_out_images(files, tmp_path):
             classes
         ] in text
         assert results["data"]["sampled_classes"] == classes
+        assert results["temperature"] == 0.8 and "Sampling: temperature 0.8, no top-k" in text
 
 
 @torch.no_grad()
@@ -461,9 +462,9 @@ def small_pipe(monkeypatch):
     return pipe, made
 
 
-def fill(pipe, folder, samples, guidance_scale, seed):
+def fill(pipe, folder, samples, guidance_scale, seed, **options):
     labels = torch.arange(samples) % 4
-    return bank.sample_bank(pipe, folder, labels, guidance_scale, seed, Team(make_accelerator()))
+    return bank.sample_bank(pipe, folder, labels, guidance_scale, seed, Team(make_accelerator()), **options)
 
 
 def test_bank_goes_on_where_it_was_and_keeps_what_it_has(small_pipe, tmp_path):
@@ -493,6 +494,11 @@ def test_bank_replaces_what_is_damaged_or_of_another_model_or_seed(small_pipe, t
     assert len(made) == 7
     fill(pipe, tmp_path, 8, 3.0, seed=100)
     assert len(made) == 9
+    cold = fill(pipe, tmp_path, 8, 3.0, seed=100, temperature=0.5)
+    assert len(made) == 11
+    generators = [torch.Generator().manual_seed(100 + i) for i in range(8)]
+    arguments = {"guidance_scale": 3.0, "temperature": 0.5, "generator": generators, "output_type": "latent"}
+    assert torch.equal(cold, pipe(torch.arange(8) % 4, **arguments).codes)
 
 
 # ------------------------------------------------------------------------------------------- what is refused

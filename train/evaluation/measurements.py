@@ -50,6 +50,7 @@ class Evaluation:
     prefix_images: int  # how many of the images, and of the samples, are measured at several prefix lengths
     manifold_images: int  # how many of a set precision, recall, density and coverage are measured on
     seed: int
+    temperature: float  # of the samples
     folder: Path
     team: Team
 
@@ -273,7 +274,7 @@ def measure_samples(
     """
     shown, full = run.shown_lengths, run.shown_lengths[-1:]
     labels = run.sample_labels
-    codes = sample_bank(run.pipe, run.folder / "samples", labels, guidance_scale, run.seed, run.team)
+    codes = sample_bank(run.pipe, run.folder / "samples", labels, guidance_scale, run.seed, run.team, run.temperature)
     several = min(run.prefix_images, len(labels))
     prefixes: dict[int, list[Views]] = {k: [] for k in shown}
     pixels = []

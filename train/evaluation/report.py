@@ -122,8 +122,8 @@ def _how(r: dict[str, Any]) -> str:
         f"are rounded to 8 bits before a judge sees them. FD is between all {full['images']} held-out images and the "
         f"set in question; precision and recall (k = 3), density and coverage (k = 5) are on {manifold} images of "
         "each set. PSNR and SSIM are per image on [0, 1], then averaged. Intervals (±) are 95 % over draws of images, "
-        f"by the infinitesimal jackknife.{perceptual} Sampling: temperature 1, no top-k, no top-p; {classes}; image i "
-        f"has the generator seed {r['seed']} + i."
+        f"by the infinitesimal jackknife.{perceptual} Sampling: temperature {r['temperature']:g}, no top-k, no "
+        f"top-p; {classes}; image i has the generator seed {r['seed']} + i."
     )
 
 

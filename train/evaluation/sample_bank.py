@@ -2,7 +2,7 @@
 
 Image i of a bank has the class labels[i] and the generator seed `seed` + i, so it can be made again alone:
 
-    pipe([labels[i]], guidance_scale=w, generator=torch.Generator().manual_seed(seed + i))
+    pipe([labels[i]], guidance_scale=w, temperature=t, generator=torch.Generator().manual_seed(seed + i))
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ SHARD = 250  # images, generated side by side
 
 
 def sample_bank(
-    pipe: SpectralARPipeline, folder: Path, labels: Tensor, guidance_scale: float, seed: int, team: Team
-) -> Tensor:
+    pipe: SpectralARPipeline, folder: Path, labels: Tensor, guidance_scale: float, seed: int, team: Team,
+    temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
     """Codes (n, N) int64 of images of the classes `labels` (n,) int64; generates what the folder does not hold yet.
 
-    Shards of another model, seed or guidance scale, or of other classes, are replaced. Temperature 1, no top-k, no
+    Shards of another model, seed, guidance scale or temperature, or of other classes, are replaced. No top-k, no
     top-p. Of several processes each makes some of the shards; on several machines they have to share the folder.
 
     Raises:
@@ -36,14 +37,18 @@ def sample_bank(
     model = {"tokenizer": fingerprint(pipe.tokenizer, decoder), "transformer": fingerprint(pipe.transformer)}
 
     def shard(start: int) -> tuple[Path, dict[str, str]]:
-        identity = {**model, "guidance_scale": str(guidance_scale), "seed": str(seed), "start": str(start)}
+        how = {"guidance_scale": str(guidance_scale), "temperature": str(temperature)}
+        identity = {**model, **how, "seed": str(seed), "start": str(start)}
         return folder / f"guidance-{guidance_scale:g}" / f"{start:07d}.safetensors", identity
 
     def fill(indices: Tensor) -> None:
         path, identity = shard(int(indices[0]))
         if len(_stored_codes(path, identity, labels[indices])) < len(indices):
             generators = [torch.Generator().manual_seed((seed + i) % 2**63) for i in indices.tolist()]
-            output = pipe(labels[indices], guidance_scale=guidance_scale, generator=generators, output_type="latent")
+            output = pipe(
+                labels[indices], guidance_scale=guidance_scale, temperature=temperature, generator=generators,
+                output_type="latent",
+            )  # fmt: skip
             write_shard(path, output.codes.cpu(), labels[indices], identity)
 
     team.map(fill, SHARD, f"sampling, guidance scale {guidance_scale:g}", torch.arange(len(labels)))
