@@ -14,11 +14,12 @@ class Shown(NamedTuple):
     Args:
         examples: class names to try; the page opens with the first.
         trained_on: the end of the sentence "The tokenizer was trained on ...".
-        temperature: that its samples look best at, by its card.
+        guidance_scale, temperature: what its samples look best at, by its card.
     """
 
     examples: tuple[str, ...]
     trained_on: str
+    guidance_scale: float = 2.0
     temperature: float = 1.0
 
 
@@ -27,7 +28,8 @@ EMBEDDED = {
     "products-64": Shown(
         ("handbag", "watch", "sports shoe", "backpack", "cap", "belt", "wallet", "shirt", "sunglasses"),
         "product photos on white and, in equal parts, natural photos of 200 classes",
-        temperature=0.8,
+        guidance_scale=2.2,
+        temperature=0.7,
     ),
     "fashion-mnist-32": Shown(
         ("Sneaker", "Bag", "T-shirt/top", "Ankle boot", "Trouser", "Dress", "Coat", "Sandal", "Pullover"),

@@ -66,7 +66,7 @@ def _controls(model: Model) -> dict[str, gr.components.Component]:
         scale = gr.Slider(
             0,
             10,
-            DEFAULTS.guidance_scale,
+            model.guidance_scale,
             step=0.1,
             label="Guidance",
             info="Higher is more typical",
@@ -252,7 +252,7 @@ def _add_endpoints(model: Model) -> None:
         class_label: str,
         count: int = 4,
         seed: int = 0,
-        guidance_scale: float = 2.0,
+        guidance_scale: float = model.guidance_scale,
         guidance_schedule: str = "constant",
         temperature: float = model.temperature,
         top_k: int = 0,
@@ -266,9 +266,9 @@ def _add_endpoints(model: Model) -> None:
             class_label: a class name or its id.
             count: number of images, 1 to 16.
             seed: of the random numbers; the same seed gives the same images.
-            guidance_scale: classifier-free guidance, 1 is off.
+            guidance_scale: classifier-free guidance, 1 is off. Default, as of the temperature: the page's.
             guidance_schedule: "constant", or "linear" or "cosine" from 1 at the first token to the scale at the last.
-            temperature: divides the logits; 0 takes the most likely token. Default: the page's for this model.
+            temperature: divides the logits; 0 takes the most likely token.
             top_k: sample among the k most likely tokens; 0 is off.
             top_p: sample among the most likely tokens of this probability together; 1 is off.
             num_tokens: sample only the first n tokens (default all).
@@ -319,7 +319,7 @@ def _add_endpoints(model: Model) -> None:
             gr.Textbox(model.class_names[model.examples[0]], label="class_label"),
             gr.Number(DEFAULTS.count, label="count"),
             gr.Number(DEFAULTS.seed, label="seed"),
-            gr.Number(DEFAULTS.guidance_scale, label="guidance_scale"),
+            gr.Number(model.guidance_scale, label="guidance_scale"),
             gr.Number(n, label="num_tokens", info=f"1 to {n}"),
         ]
         outputs = [PictureOutput(label="sheet", format="png"), gr.JSON(label="numbers")]

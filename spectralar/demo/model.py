@@ -96,7 +96,8 @@ class Model:
         # All names of each class, for a search to look through.
         self.all_names: list[str] = LabelNames(self.pipe.config.id2label, len(self.class_names)).whole
         shown = embedded.shown(self.name)
-        self.trained_on, self.temperature = shown.trained_on, shown.temperature
+        self.trained_on = shown.trained_on
+        self.guidance_scale, self.temperature = shown.guidance_scale, shown.temperature
         ids = [i for i, name in enumerate(self.class_names) if name in shown.examples]
         ids.sort(key=lambda i: shown.examples.index(self.class_names[i]))
         spread = range(0, len(self.class_names), max(1, len(self.class_names) // NUM_EXAMPLES))

@@ -21,7 +21,7 @@ from .generate import QUIET, SAMPLERS, new_seed
 from .links import Link, Linked, from_query
 from .mixing import VARIATIONS, Continuation, continuations, exchange, exchange_value, strip_chart
 from .model import MAX_SEED, Model, Sampled, on_gpu
-from .runs import MAX_IMAGES, SECONDS_A_MESSAGE, SECONDS_WITHOUT_NEWS, Settings
+from .runs import MAX_IMAGES, SECONDS_A_MESSAGE, SECONDS_WITHOUT_NEWS
 from .scrubber import scrubber
 from .source import Origins, Picture, Source, source
 from .upload import PhotoInput
@@ -103,7 +103,7 @@ def _sampling_controls(model: Model) -> tuple[gr.Dropdown, gr.Number, gr.Slider]
         )  # fmt: skip
         dice = gr.Button("Random", size="sm", scale=0, min_width=76)
     dice.click(new_seed, None, seed, **QUIET)
-    return label, seed, gr.Slider(0, 10, Settings.guidance_scale, step=0.1, label="Guidance")
+    return label, seed, gr.Slider(0, 10, model.guidance_scale, step=0.1, label="Guidance")
 
 
 # -------------------------------------------------------------------------------------------------- behaviour
@@ -292,7 +292,7 @@ def _add_endpoints(model: Model) -> None:
         )  # fmt: skip
         label = gr.Textbox(model.class_names[model.examples[0]], label="class_label")
         count, seed = gr.Number(VARIATIONS, label="count"), gr.Number(0, label="seed")
-        scale = gr.Number(Settings.guidance_scale, label="guidance_scale")
+        scale = gr.Number(model.guidance_scale, label="guidance_scale")
         gr.Button(visible=False).click(
             continue_as, [a, label, tokens, count, seed, scale], outputs, api_name="continue_as",
             concurrency_id="sample", concurrency_limit=SAMPLERS,

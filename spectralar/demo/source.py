@@ -21,7 +21,6 @@ from ..interface.image import to_model_input
 from .errors import one_sentence
 from .generate import QUIET, new_seed
 from .model import MAX_SEED, Model, on_gpu, to_pixels
-from .runs import Settings
 from .upload import PhotoInput, open_photo
 
 KEPT_SAMPLES = 64
@@ -103,7 +102,7 @@ class Origins:
 
     def _codes_of_class(self, class_ids: list[int], seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
-        how = {"guidance_scale": Settings.guidance_scale, "temperature": self.model.temperature}
+        how = {"guidance_scale": self.model.guidance_scale, "temperature": self.model.temperature}
         return self.model.pipe(class_ids, **how, generator=generator, output_type="latent").codes.tolist()
 
 

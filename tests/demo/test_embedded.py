@@ -44,21 +44,24 @@ def test_classes_to_try_stand_in_the_order_given():
     assert [names[i] for i in model.examples] == ["Sneaker", "Bag", "Dress", "Coat"]
 
 
-def test_all_that_samples_does_so_at_the_models_temperature():
+def test_all_that_samples_does_so_as_suits_the_model():
     model = named("products-64", ["handbag", "watch", "belt", "cap"])
     assert model.temperature == EMBEDDED["products-64"].temperature != named("mine", ["a", "b"]).temperature == 1.0
     demo = build(model)
-    components = demo.get_config_file()["components"]
-    assert [c["props"]["value"] for c in components if c["props"].get("label") == "Temperature"] == [model.temperature]
-    how = {"temperature": model.temperature, "generator": torch.manual_seed(3), "output_type": "latent"}
-    expected = model.pipe(1, **how).codes.tolist()
+    scale, components = model.guidance_scale, demo.get_config_file()["components"]
+    assert scale == EMBEDDED["products-64"].guidance_scale != named("mine", ["a", "b"]).guidance_scale == 2.0
+    shown = [(c["props"].get("label"), c["props"].get("value")) for c in components]
+    assert [v for label, v in shown if label == "Temperature"] == [model.temperature]
+    assert {v for label, v in shown if label in ("Guidance", "guidance_scale")} == {scale}
+    how = {"guidance_scale": scale, "temperature": model.temperature, "output_type": "latent"}
+    expected = model.pipe(1, **how, generator=torch.manual_seed(3)).codes.tolist()
     functions = {fn.api_name: fn.fn for fn in demo.fns.values() if fn.api_visibility == "public"}
     assert functions["generate"]("watch", 1, 3)["codes"] == expected
-    assert functions["generate_sheet"]("watch", 1, 3, 2.0, model.num_tokens)[1]["codes"] == expected
+    assert functions["generate_sheet"]("watch", 1, 3, scale, model.num_tokens)[1]["codes"] == expected
     assert [Origins(model).picture("sample:1:3", None).codes] == expected
-    (rows, _) = next(news for news in continuations(model, 1, expected[0], 5, 2.0) if news)
-    again = how | {"generator": torch.manual_seed(5), "num_images_per_prompt": VARIATIONS}
-    assert rows == model.pipe(1, **again, prefix_codes=[expected[0][:1]]).codes.tolist()
+    (rows, _) = next(news for news in continuations(model, 1, expected[0], 5, scale) if news)
+    again = {"generator": torch.manual_seed(5), "num_images_per_prompt": VARIATIONS}
+    assert rows == model.pipe(1, **how, **again, prefix_codes=[expected[0][:1]]).codes.tolist()
 
 
 def test_of_an_unknown_model_some_from_all_classes():
