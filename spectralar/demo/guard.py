@@ -40,7 +40,10 @@ class GuardedBlocks(gr.Blocks):
     async def process_api(self, block_fn: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return await super().process_api(block_fn, *args, **kwargs)
-        except (gr.Error, StopIteration, StopAsyncIteration):
+        except gr.Error as error:  # as above: one of Gradio's own may be of what an event came with
+            error.print_exception = False
+            raise
+        except (StopIteration, StopAsyncIteration):
             raise
         except Exception as error:
             note(getattr(block_fn, "api_name", "a function"), error)

@@ -15,7 +15,7 @@ from spectralar.demo.guard import Guard
 from tests.demo.conftest import served
 from tests.load.abuse import abuse, trespass
 from tests.load.payloads import FORMATS, HTML, SECRET, SVG, bomb
-from tests.load.wire import API
+from tests.load.wire import API, Page, RefusedError, Session, result_of
 
 NUM_INPUTS = 80
 
@@ -77,6 +77,28 @@ def test_unknown_functions_and_broken_requests_get_a_sentence(page, capfd):
         answer = httpx.post(page.url + API + path, json=body, timeout=60)
         assert 400 <= answer.status_code < 500 and answer.json()["detail"]
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_file_that_an_event_names_is_refused_without_a_traceback(page, capfd):
+    """Gradio's own refusal, which it would print with all of its stack."""
+    functions = Page(httpx.get(page.url + "config", timeout=60).json()).functions
+    function = next(f["id"] for f in functions if f["api_name"].startswith("save_own"))
+    photo = {"path": "/etc/passwd", "url": None, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+
+    async def ask():
+        async with httpx.AsyncClient(timeout=60) as client:
+            session = Session(client, page.url)
+            event_id = await session.join(function, [None], photo)
+            async with session.events() as events:
+                async for event in events:
+                    if event.ends(event_id):
+                        with pytest.raises(RefusedError, match="cannot be accessed"):
+                            result_of(event)
+                        return
+
+    asyncio.run(ask())
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.out + captured.err
 
 
 def test_bodies_have_a_bound():

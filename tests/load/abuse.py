@@ -190,6 +190,13 @@ async def abuse(url: str, folder: Path, num_inputs: int, seed: int = 0, patience
     return abuser.outcome
 
 
+def around(log: str, trouble: str, lines: int = 40) -> list[str]:
+    """The log around the first place of a trouble."""
+    all_lines = log.splitlines()
+    at = next(i for i, line in enumerate(all_lines) if trouble in line)
+    return all_lines[max(0, at - lines // 4) : at + lines]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.load.abuse", description=__doc__.partition("\n")[0])
     parser.add_argument("model", nargs="?", type=Path, default=MODEL, help="folder of a saved pipeline")
@@ -207,7 +214,7 @@ def main() -> int:
             outcome.bad += asyncio.run(trespass(server.url, folder / "secret.txt"))
             after, troubles = server.use(), server.troubles()
             if troubles:
-                print(server.log()[-5000:], file=sys.stderr)
+                print(*around(server.log(), troubles[0]), sep="\n", file=sys.stderr)
     print(f"{options.inputs} bad inputs: {json.dumps(dict(sorted(outcome.counts.items())))}")
     print(f"slowest     {outcome.slowest:.1f} s")
     print(f"memory      {before.memory / 2**20:.0f} MiB, {after.memory / 2**20:.0f} at the end")
