@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from spectralar.demo.embedded import EMBEDDED, place, shown
+from spectralar.demo.export import png_data_url
 from spectralar.demo.mixing import VARIATIONS, continuations
 from spectralar.demo.model import NUM_EXAMPLES, Model
 from spectralar.demo.page import build
 from spectralar.demo.source import Origins
 from spectralar.demo.start import MODELS, find_models
+from spectralar.demo.tiles import SEED, samples
 from tests.helpers import tiny_pipeline
 
 
@@ -59,6 +61,8 @@ def test_all_that_samples_does_so_as_suits_the_model():
     assert functions["generate"]("watch", 1, 3)["codes"] == expected
     assert functions["generate_sheet"]("watch", 1, 3, scale, model.num_tokens)[1]["codes"] == expected
     assert [Origins(model).picture("sample:1:3", None).codes] == expected
+    (image,) = model.last(1, 1, SEED, guidance_scale=scale, temperature=model.temperature)[1]
+    assert samples(model)[1] == png_data_url(image)
     (rows, _) = next(news for news in continuations(model, 1, expected[0], 5, scale) if news)
     again = {"generator": torch.manual_seed(5), "num_images_per_prompt": VARIATIONS}
     assert rows == model.pipe(1, **how, **again, prefix_codes=[expected[0][:1]]).codes.tolist()
