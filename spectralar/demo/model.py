@@ -20,6 +20,7 @@ from ..inference.streaming import FrameStream
 from ..interface.labels import LabelNames
 from ..pipeline import SpectralARPipeline
 from . import embedded
+from .threads import usable_cpus
 
 MAX_SEED = 2**31 - 1
 NUM_EXAMPLES = 9  # three rows of three
@@ -104,7 +105,10 @@ class Model:
         # Class ids to try; the page opens with the first. Of a model it knows nothing of, some from all of them.
         self.examples: list[int] = ids or list(spread)[:NUM_EXAMPLES]
         # One for all visitors. Not on ZeroGPU, where every call has a process of its own.
-        self.engine = None if os.environ.get("SPACES_ZERO_GPU") else Engine(self.pipe.transformer, self.pipe.tokenizer)
+        self.engine = None
+        if not os.environ.get("SPACES_ZERO_GPU"):
+            workers = usable_cpus() if self.pipe.device.type == "cpu" else 1
+            self.engine = Engine(self.pipe.transformer, self.pipe.tokenizer, workers=workers)
         self.frames = on_gpu(self._frames)
         self.last = on_gpu(self._last)
         self.encode = on_gpu(self._encode)

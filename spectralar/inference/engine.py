@@ -10,6 +10,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -127,15 +128,18 @@ class Engine:
         max_rows: rows of the transformer at once, two for an image with guidance. Default: what 128 MiB of keys and
             values hold, from 32 to 512.
         max_waiting: requests that may wait.
+        workers: threads that decode images of decoder feedback side by side, where torch itself has but one. An image
+            is the same as without.
     """
 
     def __init__(
         self, transformer: SpectralARTransformer, tokenizer: SpectralTokenizer, max_rows: int | None = None,
-        max_waiting: int = MOST_WAITING,
+        max_waiting: int = MOST_WAITING, workers: int = 1,
     ) -> None:  # fmt: skip
         self.transformer, self.tokenizer = transformer, tokenizer
         self.max_rows = max_rows or rows_that_fit(transformer)
         self.max_waiting = max_waiting
+        self._workers = ThreadPoolExecutor(workers, "decoding") if workers > 1 else None
         self._lock = threading.Lock()
         self._waiting: list[Sampling] = []
         self._running: list[Sampling] = []  # being sampled or decoded
@@ -206,6 +210,7 @@ class Engine:
                 if sampling.request.feedback:  # the image of a prefix, before that of the token behind it
                     self._hand_out_feedback(sampling)
         self._batch.step()
+        self._decode_feedback()
         self._decode()
         for sampling in self._running:
             if not sampling.request.finite:
@@ -217,6 +222,19 @@ class Engine:
             sampling.put(_END)
             sampling.let_go()  # visitors may keep the rest for long
             self._running.remove(sampling)
+
+    def _decode_feedback(self) -> None:
+        """Images that decoder feedback needs, side by side; who asks for one then finds it there."""
+        if self._workers is None or torch.get_num_threads() > 1:
+            return
+        known = []
+        for sampling in self._running:
+            request, lengths = sampling.request, sampling.lengths_due()
+            if request.feedback and (lengths or sampling.wanted != "all"):
+                codes = self._batch.read(request)  # (B, length)
+                if request.finite and codes.shape[1]:
+                    known.append((request.feedback, codes[:, : lengths[0]] if lengths else codes))
+        list(self._workers.map(lambda pair: pair[0].image(pair[1]), known))
 
     @torch.no_grad()
     def _decode(self) -> None:

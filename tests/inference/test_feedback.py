@@ -1,5 +1,6 @@
 """Decoder feedback: what is expected of the next token, and sampling with it in every way there is."""
 
+import threading
 import time
 
 import pytest
@@ -175,8 +176,17 @@ def test_a_callback_that_changes_tokens_is_heard_by_the_decoder_too(pipe):
         torch.testing.assert_close(step.images, pipe.decode(step.codes))
 
 
-def test_the_engine_serves_the_same_codes_and_frames(pipe):
-    engine, prefix = Engine(pipe.transformer, pipe.tokenizer), latents(pipe)[:, :7]
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_engine_serves_the_same_codes_and_frames(pipe, workers, monkeypatch):
+    prefix, names, image = latents(pipe)[:, :7], set(), DecoderFeedback.image
+
+    def watched(self, codes):
+        names.add(threading.current_thread().name.partition("_")[0])
+        return image(self, codes)
+
+    monkeypatch.setattr(DecoderFeedback, "image", watched)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    engine = Engine(pipe.transformer, pipe.tokenizer, workers=workers)
     asked = [
         (dict(class_labels=[1, 2]), "all"), (dict(class_labels=3, guidance_scale=1.0, num_tokens=9), "all"),
         (dict(class_labels=[1, 2], prefix_codes=prefix), "all"), (dict(class_labels=0), "last"),
@@ -193,6 +203,7 @@ def test_the_engine_serves_the_same_codes_and_frames(pipe):
         assert [frame.codes.shape[1] for frame in frames] == lengths
         for frame in frames if wanted != "none" else ():
             torch.testing.assert_close(frame.images, pipe.decode(frame.codes))
+    assert ("decoding" in names) == (workers > 1)
 
 
 def test_what_has_been_served_keeps_no_decoder(pipe):

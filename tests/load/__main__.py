@@ -125,8 +125,8 @@ def typical(uses: list[tuple[float, Use]], at: float, window: float = 20.0) -> U
 
 def main() -> int:
     options = parse_arguments()
-    limit_threads()
     model = Model.load(options.model, "cpu")
+    limit_threads(model.pipe.transformer)  # as the page, whose sums come in this order
     actions = MIXED if options.what == "all" else {options.what: 1}
     pause = options.pause if options.pause is not None else 2.0 if options.what == "all" else 0.0
     seconds = 60 * options.minutes
