@@ -57,16 +57,12 @@ def shown_classes(model: Model) -> list[int]:
     return named if len(named) == len(CLASSES) else model.examples
 
 
-def sampling(model: Model) -> dict[str, float]:
-    return {"guidance_scale": model.guidance_scale, "temperature": model.temperature}
-
-
 def draw_samples(model: Model, folder: Path) -> None:
     """samples.png, a row for each class and a column for each seed, and prefix-strips.png of the first column."""
     classes = shown_classes(model)
     labels = [label for label in classes for _ in range(SEEDS)]
     generators = [torch.Generator().manual_seed(i % SEEDS) for i in range(len(labels))]
-    codes = model.pipe(labels, **sampling(model), generator=generators, output_type="latent").codes
+    codes = model.pipe(labels, **model.sampling, generator=generators, output_type="latent").codes
     rows = [model.class_names[label] for label in classes]
     images = (model.pipe.decode(codes) * 2 - 1).unflatten(0, (-1, SEEDS))
     draw_grid(images, rows, [f"seed {i}" for i in range(SEEDS)], folder / "samples.png")
@@ -79,7 +75,7 @@ def generation_gif(model: Model) -> bytes:
     """One image of each class, seed 0, coarse to fine."""
     labels = shown_classes(model)
     generators = [torch.Generator().manual_seed(0) for _ in labels]
-    steps = model.pipe.stream(labels, **sampling(model), generator=generators, output_type="np")
+    steps = model.pipe.stream(labels, **model.sampling, generator=generators, output_type="np")
     frames = [(step.images * 255).round().astype("uint8") for step in steps]
     return animation([f[..., 0] if f.shape[-1] == 1 else f for f in frames], "GIF")
 

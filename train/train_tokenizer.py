@@ -112,7 +112,7 @@ def make_tokenizer(run: Run, config: Config) -> SpectralTokenizer:
         fresh = SpectralTokenizer(**asdict(config.tokenizer))
     except ValueError as error:
         run.exit(str(error))
-    tokenizer = warm_start(fresh, config.train_tokenizer.init_from)
+    tokenizer = warm_start(run, fresh, config.train_tokenizer.init_from)
     tokenizer.quantizer.requires_grad_(config.tokenizer.encoder_layers > 0)  # else it is the shortcut's
     return tokenizer
 

@@ -142,7 +142,7 @@ def train(run: Run, config: Config) -> None:
         num_tokens=tokenizer.config.num_tokens,
         **asdict(config.transformer),
     )
-    transformer = warm_start(transformer, stage.init_from)
+    transformer = warm_start(run, transformer, stage.init_from)
     if transformer.entry_maps is not None:
         transformer.entry_maps.adopt(tokenizer.quantizer.codebook, tokenizer.shortcut)
     if stage.gradient_checkpointing:

@@ -99,6 +99,8 @@ class Model:
         shown = embedded.shown(self.name)
         self.trained_on = shown.trained_on
         self.guidance_scale, self.temperature = shown.guidance_scale, shown.temperature
+        # How the page samples by itself, as arguments of the pipeline.
+        self.sampling = {"guidance_scale": self.guidance_scale, "temperature": self.temperature}
         ids = [i for i, name in enumerate(self.class_names) if name in shown.examples]
         ids.sort(key=lambda i: shown.examples.index(self.class_names[i]))
         spread = range(0, len(self.class_names), max(1, len(self.class_names) // NUM_EXAMPLES))

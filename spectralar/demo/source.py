@@ -102,8 +102,8 @@ class Origins:
 
     def _codes_of_class(self, class_ids: list[int], seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
-        how = {"guidance_scale": self.model.guidance_scale, "temperature": self.model.temperature}
-        return self.model.pipe(class_ids, **how, generator=generator, output_type="latent").codes.tolist()
+        how = {**self.model.sampling, "generator": generator, "output_type": "latent"}
+        return self.model.pipe(class_ids, **how).codes.tolist()
 
 
 def opening_origin(origins: Origins) -> str:

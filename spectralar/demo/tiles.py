@@ -54,10 +54,9 @@ def markup(model: Model, pictures: dict[int, str]) -> str:
 
 def samples(model: Model) -> dict[int, str]:
     """One sample of each class to try, as the page samples by itself: class id -> data URL."""
-    how = {"guidance_scale": model.guidance_scale, "temperature": model.temperature}
 
     def sample(class_id: int) -> str:
-        _, images = model.last(class_id, 1, SEED, **how)
+        _, images = model.last(class_id, 1, SEED, **model.sampling)
         return png_data_url(images[0])
 
     with ThreadPoolExecutor(len(model.examples)) as pool:  # at once: the engine samples them as one batch

@@ -531,6 +531,7 @@ def test_what_does_not_belong_together_is_refused(files, tmp_path):
     [
         (["--samples", "3"], "must be a number of at least 10, not '3'"),
         (["--guidance-scales", "nan"], "must be a number of at least 0, not 'nan'"),
+        (["--temperature", "-1"], "temperature must be a finite number >= 0"),
         (["--guidance-scales", "2", "data.limit=3"], "settings come before --guidance-scales"),
         (["--config", "nowhere"], "There is no preset 'nowhere'"),
         (["--threads", "0"], "--threads must be at least 1"),
