@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch
 from gradio.context import LocalContext
 from torch import Tensor
 
-from ..inference.engine import Engine, Sampling, Wanted
+from ..inference.engine import Engine, Frames, Wanted
+from ..inference.process import EngineProcess
 from ..inference.streaming import FrameStream
 from ..interface.labels import LabelNames
 from ..pipeline import SpectralARPipeline
@@ -214,6 +215,15 @@ class Model:
             return self.pipe.tokenizer.decode(rows, list(range(1, len(codes) + 1)))[0].float().cpu()
 
 
+def sample_apart(models: Sequence[Model]) -> None:
+    """Has models on a CPU sample in a process of its own, if there is a core for it."""
+    models = [model for model in models if model.engine is not None and model.pipe.device.type == "cpu"]
+    if models and usable_cpus() > 1:
+        process = EngineProcess([(model.pipe.transformer, model.pipe.tokenizer) for model in models], usable_cpus())
+        for model, engine in zip(models, process.engines, strict=True):
+            model.engine = engine
+
+
 def visitor() -> str | None:
     """Who is being served, where there is somebody: a tab of a browser, or a client."""
     request = LocalContext.request.get(None)
@@ -224,7 +234,7 @@ def visitor() -> str | None:
 class _AsPixels:
     """What the engine samples; unlike a generator it can be closed by another thread than the one that waits."""
 
-    sampling: Sampling
+    sampling: Frames
 
     def __iter__(self) -> Iterator[Sampled | None]:
         for frame in self.sampling:

@@ -203,7 +203,7 @@ def serve(options: argparse.Namespace) -> None:
     Raises:
         StartError: for what is only known by trying.
     """
-    from .model import Model, check_device
+    from .model import Model, check_device, sample_apart
     from .page import build, launch_options
     from .threads import limit_threads, share_memory_pools
 
@@ -220,6 +220,7 @@ def serve(options: argparse.Namespace) -> None:
         except Exception as error:  # of several libraries, for files that are missing, cut short or of something else
             raise StartError(f"{source} cannot be loaded ({_reason(error)}).") from error
     limit_threads(*(model.pipe.transformer for model in models))
+    sample_apart(models)
     try:
         page = build(*models)
     except OSError as error:

@@ -43,36 +43,31 @@ class Frame(NamedTuple):
 
 
 Wanted = Literal["all", "last", "none"]
+News = list[Frame] | Exception
+NO_MORE: News = []
 
 
 @dataclass(eq=False)
-class Sampling:
-    """A request on its way. Iterating over it yields its frames in order, and None now and then while there is none.
+class Frames:
+    """Frames on their way to who asked for them. Iterating yields them in order, and None now and then while there is
+    none.
 
     `close` it where it is not wanted any longer: its rows are free after the token that is being sampled.
     """
 
-    request: Request
-    visitor: Hashable
-    wanted: Wanted
-    decoder: PrefixDecoder | None
-    group: int  # frames that are decoded at once, after the first
-    frames: int = 0  # decoded so far
-    next_length: int = 1  # of the next frame
-    rounds: int = 0  # it has waited to be let in
-    closed: bool = False
-    _news: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    news: queue.SimpleQueue = field(default_factory=queue.SimpleQueue, kw_only=True)
+    closed: bool = field(default=False, kw_only=True)
 
     def __iter__(self) -> Iterator[Frame | None]:
         try:
             while True:
                 try:
-                    news = self._news.get(timeout=SECONDS_BETWEEN_SIGNS)
+                    news = self.news.get(timeout=SECONDS_BETWEEN_SIGNS)
                 except queue.Empty:
                     news = None
                 if isinstance(news, BaseException):
                     raise news
-                if news is _END:
+                if news == NO_MORE:
                     return
                 if news is None:
                     yield None
@@ -84,10 +79,21 @@ class Sampling:
     def close(self) -> None:
         """No more is wanted; who waits for news is told so."""
         self.closed = True
-        self._news.put(_END)
+        self.news.put(NO_MORE)
 
-    def put(self, news: object) -> None:
-        self._news.put(news)
+
+@dataclass(eq=False)
+class Sampling(Frames):
+    """A request and how far it is."""
+
+    request: Request
+    visitor: Hashable
+    wanted: Wanted
+    decoder: PrefixDecoder | None
+    group: int  # frames that are decoded at once, after the first
+    frames: int = 0  # decoded so far
+    next_length: int = 1  # of the next frame
+    rounds: int = 0  # it has waited to be let in
 
     def let_go(self) -> None:
         """Of the decoder, with the keys and values of all tokens."""
@@ -107,9 +113,6 @@ class Sampling:
         """Whether nothing is left to be sampled or decoded."""
         decoded = {"all": self.next_length > self.request.length, "last": self.frames > 0, "none": True}
         return self.request.done and decoded[self.wanted]
-
-
-_END = object()
 
 
 class Engine:
@@ -147,13 +150,16 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._given: Counter[Hashable] = Counter()  # frames by visitor, of those that are here
 
-    def sample(self, request: Request, visitor: Hashable = None, wanted: Wanted = "all") -> Sampling:
+    def sample(
+        self, request: Request, visitor: Hashable = None, wanted: Wanted = "all", news: queue.SimpleQueue | None = None
+    ) -> Sampling:
         """Puts a request in the queue.
 
         Args:
             request: what is to be sampled.
             visitor: who asks; requests of one visitor share what one gets. None: somebody else each time.
             wanted: frames of "all" prefixes from the given one on, the "last", or "none": then codes alone.
+            news: where frames are put, if they go elsewhere than to who iterates over what is returned.
 
         Raises:
             EngineBusyError: if too many wait already.
@@ -167,6 +173,7 @@ class Engine:
         sampling = Sampling(
             request, object() if visitor is None else visitor, wanted, decoder,
             1 if request.feedback else largest_group(self.tokenizer, batch), next_length=max(1, request.length),
+            news=news or queue.SimpleQueue(),
         )  # fmt: skip
         with self._lock:
             if len(self._waiting) >= self.max_waiting:
@@ -197,7 +204,7 @@ class Engine:
             except Exception as error:  # whatever it is, those who are in are told; the others go on
                 self._batch = None
                 for sampling in self._running:
-                    sampling.put(error)
+                    sampling.news.put(error)
                     sampling.close()
 
     def _go_round(self, entering: list[Sampling]) -> None:
@@ -214,12 +221,12 @@ class Engine:
         self._decode()
         for sampling in self._running:
             if not sampling.request.finite:
-                sampling.put(no_next_token(self.transformer))
+                sampling.news.put(no_next_token(self.transformer))
                 sampling.close()
         for sampling in [sampling for sampling in self._running if sampling.finished and not sampling.closed]:
             if sampling.wanted == "none":
-                sampling.put([Frame(sampling.request.codes.clone(), None)])
-            sampling.put(_END)
+                sampling.news.put([Frame(sampling.request.codes.clone(), None)])
+            sampling.news.put(NO_MORE)
             sampling.let_go()  # visitors may keep the rest for long
             self._running.remove(sampling)
 
@@ -273,7 +280,7 @@ class Engine:
         codes = sampling.request.codes[:, : lengths[-1]].clone()
         # All at once: who waits for them is woken, and asks for the interpreter, once.
         pairs = zip(lengths, images.unbind(1), strict=True)
-        sampling.put([Frame(codes[:, :length], frame) for length, frame in pairs])
+        sampling.news.put([Frame(codes[:, :length], frame) for length, frame in pairs])
         sampling.frames += len(lengths)
         sampling.next_length = lengths[-1] + 1
         self._given[sampling.visitor] += images.shape[0] * images.shape[1]

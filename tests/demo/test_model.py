@@ -1,6 +1,8 @@
 import contextlib
 import inspect
 import sys
+from copy import copy
+from types import SimpleNamespace
 
 import gradio as gr
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from spectralar.demo import model as module
 from spectralar.demo.model import Model, best_device, check_device, to_pixels
 from spectralar.demo.page import build
 from spectralar.demo.start import find_models
@@ -86,6 +89,28 @@ def test_with_and_without_an_engine_it_is_the_same(model, monkeypatch, prefix):
     assert last[0] == codes == frames[-1].codes
     for pixels in (last[1], frames[-1].images):
         np.testing.assert_allclose(images.astype(int), pixels.astype(int), atol=1)
+
+
+def test_models_on_a_cpu_sample_in_a_process_of_their_own_where_there_is_a_core_for_it(model, monkeypatch):
+    made = []
+
+    class EngineProcess:
+        def __init__(self, models, workers):
+            made.append((models, workers))
+            self.engines = [f"engine {i}" for i in range(len(models))]
+
+    monkeypatch.setattr(module, "EngineProcess", EngineProcess)
+    on_cpu, lent, elsewhere = (copy(model) for _ in range(3))
+    lent.engine = None  # ZeroGPU
+    elsewhere.pipe = SimpleNamespace(device=torch.device("cuda"))
+    module.sample_apart([lent])
+    monkeypatch.setattr(module, "usable_cpus", lambda: 1)
+    module.sample_apart([on_cpu])
+    assert not made and on_cpu.engine is model.engine
+    monkeypatch.setattr(module, "usable_cpus", lambda: 3)
+    module.sample_apart([lent, on_cpu, elsewhere])
+    assert made == [([(model.pipe.transformer, model.pipe.tokenizer)], 3)]
+    assert (lent.engine, on_cpu.engine, elsewhere.engine) == (None, "engine 0", model.engine)
 
 
 class ZeroGPU:

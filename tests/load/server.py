@@ -23,9 +23,9 @@ TROUBLE = re.compile(r"^(?:Traceback \(most recent|.*Too little data|.*Exception
 
 
 class Use(NamedTuple):
-    """What a server takes at one moment."""
+    """What a server takes at one moment, with the process that samples."""
 
-    memory: int  # resident, bytes
+    memory: int  # resident, bytes; what processes share counts for each
     files: int  # open, sockets included
     threads: int
     temporary: int  # bytes in its temporary folder
@@ -40,10 +40,10 @@ class Server:
     folder: Path
 
     def use(self) -> Use:
-        process = psutil.Process(self.process.pid)
-        with process.oneshot():
-            memory, temporary = process.memory_info().rss, folder_size(self.temporary)
-            return Use(memory, process.num_fds(), process.num_threads(), temporary)
+        page = psutil.Process(self.process.pid)
+        processes = [page, *page.children(recursive=True)]
+        columns = zip(*((p.memory_info().rss, p.num_fds(), p.num_threads()) for p in processes), strict=True)
+        return Use(*map(sum, columns), folder_size(self.temporary))
 
     @property
     def temporary(self) -> Path:
