@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from spectralar import SpectralTokenizer
+from spectralar import SpectralARPipeline, SpectralTokenizer
 
 from .measure import Result, count_flops, faster, medians, share
 from .models import Shape, labels_of
@@ -35,6 +37,7 @@ def figures(suite: Suite) -> list[Figure]:
         Figure("all prefix frames", large.name, lambda: all_prefixes(suite, large), large_takes_minutes),
         Figure("streaming", f"{small.name}, batch 1", lambda: streaming(suite, small, 1)),
         Figure("streaming", f"{small.name}, batch 4", lambda: streaming(suite, small, 4)),
+        Figure("streaming", f"{suite.colour.name}, batch 4", lambda: streaming(suite, suite.colour, 4)),
         Figure("streaming", f"{large.name}, batch 1", lambda: streaming(suite, large, 1), large_takes_minutes),
         *(in_bfloat16 if on_cpu else []),
     ]
@@ -115,13 +118,14 @@ def all_prefixes(suite: Suite, shape: Shape) -> Result:
 
 
 def streaming(suite: Suite, shape: Shape, batch: int) -> Result:
-    """An image after every token against sampling all tokens, then decoding all frames in one call."""
+    """An image after every token against sampling all tokens, then decoding all frames in one call; the colour model's
+    against those of the small model too."""
     pipeline = suite.models[shape]
     labels = labels_of(pipeline.transformer, batch)
     lengths = list(range(1, pipeline.transformer.config.num_tokens + 1))
 
-    def stream() -> list:
-        return list(pipeline.stream(labels, generator=torch.Generator().manual_seed(0), output_type="pt"))
+    def stream(of: SpectralARPipeline = pipeline) -> list:
+        return list(of.stream(labels, generator=torch.Generator().manual_seed(0), output_type="pt"))
 
     def sample_then_decode() -> object:
         out = pipeline(labels, generator=torch.Generator().manual_seed(0), output_type="latent")
@@ -134,12 +138,19 @@ def streaming(suite: Suite, shape: Shape, batch: int) -> Result:
         return step
 
     functions = {"stream": stream, "sample, then decode": sample_then_decode, "first image": first_image}
+    small = suite.small.name
+    if shape is suite.colour:
+        functions[small] = partial(stream, suite.models[suite.small])
     samples = suite.time(functions)
     time = {name: value * 1e3 for name, value in medians(samples).items()}
+    all_at_end = time["sample, then decode"]
+    comparisons = [share(time["stream"], "sampling, then decoding all frames", all_at_end, TARGET_STREAMING)]
+    if small in time:
+        comparisons.append(share(time["stream"], f"the same of {small}", time[small]))
     return Result(
         time["stream"],
         "ms a batch",
-        [share(time["stream"], "sampling, then decoding all frames", time["sample, then decode"], TARGET_STREAMING)],
+        comparisons,
         note=f"first image after {time['first image']:.1f} ms",
         samples=samples,
     )
