@@ -205,13 +205,14 @@ def serve(options: argparse.Namespace) -> None:
     """
     from .model import Model, check_device, sample_apart
     from .page import build, launch_options
-    from .threads import limit_threads, share_memory_pools
+    from .threads import give_back_memory, limit_threads, share_memory_pools
 
     try:
         check_device(options.device)
     except ValueError as error:
         raise StartError(str(error)) from None
     share_memory_pools()
+    give_back_memory()
     limit_threads()
     models = []
     for source in options.model:

@@ -1,4 +1,7 @@
-"""As many threads as there is CPU time for: in a container torch counts the cores of the whole machine."""
+"""As many threads as there is CPU time for: in a container torch counts the cores of the whole machine.
+
+And no more memory than they use: the C library keeps what is freed, each thread's apart.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ import contextlib
 import ctypes
 import math
 import os
+import sys
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,6 +41,23 @@ def share_memory_pools(pools: int = 2) -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, pools)
+
+
+def give_back_memory(seconds: float = 60.0) -> None:
+    """Has what is free within the pools go back to the system now and then, where the C library is glibc.
+
+    By itself it gives back what lies behind the last block in use alone, and a block of a visitor's session lies there
+    for long.
+    """
+    trim = getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "malloc_trim", None)
+
+    def go_round() -> None:
+        while True:
+            time.sleep(seconds)
+            trim(0)  # some milliseconds, in which Python goes on
+
+    if trim:
+        threading.Thread(target=go_round, name="give back memory", daemon=True).start()
 
 
 def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup"), environment: Mapping[str, str] = os.environ) -> int:

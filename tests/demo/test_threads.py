@@ -1,6 +1,9 @@
-"""The page's number of threads, on made-up machines."""
+"""The page's number of threads, on made-up machines, and the memory it keeps."""
 
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -61,3 +64,32 @@ def test_one_thread_for_small_models(monkeypatch):
             assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
+
+
+FREES = """
+import sys, time
+import psutil
+from spectralar.demo.threads import give_back_memory
+def resident():
+    return psutil.Process().memory_info().rss / 2**20
+blocks = [bytearray(2000) for _ in range(100_000)]  # 190 MiB, and small enough to come from a pool
+full = resident()
+last = blocks[-1]  # lies behind all others, so that nothing goes back by itself
+del blocks
+kept = resident()
+if sys.argv[1] == "with":
+    give_back_memory(seconds=0.1)
+    while resident() > full - 150:
+        time.sleep(0.05)
+print(round(full - kept), round(full - resident()))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a way of glibc")
+def test_memory_that_is_free_goes_back():
+    freed = {}
+    for how in ("without", "with"):
+        command = [sys.executable, "-c", FREES, how]
+        freed[how] = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout.split()
+    assert int(freed["without"][1]) < 20  # else there would be nothing to do
+    assert int(freed["with"][1]) >= 150
