@@ -42,8 +42,7 @@ class EngineProcess:
     """
 
     def __init__(self, models: Sequence[tuple[SpectralARTransformer, SpectralTokenizer]], workers: int = 1) -> None:
-        # By value: shared memory, torch's way between processes, is scarce in containers.
-        self._arguments = pickle.dumps(list(models)), torch.get_num_threads(), workers
+        self._models, self._workers = list(models), workers
         self._lock = threading.Lock()  # of all below, and of what is sent
         self._numbers = itertools.count()
         self._open: dict[int, _Remote] = {}
@@ -54,11 +53,14 @@ class EngineProcess:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would have this one's locks, and no threads
-        self._connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, *self._arguments), name="sampling", daemon=True)
-        self.process.start()
+        ours, theirs = context.Pipe()
+        # Weights go by value: shared memory, torch's way between processes, is scarce in containers.
+        arguments = theirs, pickle.dumps(self._models), torch.get_num_threads(), self._workers
+        process = context.Process(target=_serve, args=arguments, name="sampling", daemon=True)
+        process.start()
         theirs.close()
-        threading.Thread(target=self._listen, args=(self._connection,), name="from sampling", daemon=True).start()
+        self.process, self._connection = process, ours
+        threading.Thread(target=self._listen, args=(ours,), name="from sampling", daemon=True).start()
 
     def _listen(self, connection: Connection) -> None:
         """Hands out what comes, until the process has ended."""

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -149,6 +150,20 @@ def test_a_process_that_died_is_told_and_started_again(pipes):
     alone = pipes[0](1, generator=seed(), output_type="latent").codes
     assert torch.equal(frames_of(engine.sample(pipes[0].request(1, generator=seed())))[-1].codes, alone)
     assert apart.process.pid != process.pid
+    apart.process.kill()
+
+
+def test_where_no_process_can_be_started_the_next_request_tries_again(pipes, monkeypatch):
+    apart = EngineProcess([(pipes[0].transformer, pipes[0].tokenizer)])
+    apart.process.kill()
+    wait_for(lambda: apart._connection is None)
+    request = pipes[0].request(1, generator=seed())
+    with monkeypatch.context() as patch:
+        patch.setattr("multiprocessing.process.BaseProcess.start", Mock(side_effect=OSError("no memory")))
+        with pytest.raises(OSError, match="no memory"):
+            apart.engines[0].sample(request)
+    assert apart.engines[0].num_requests == 0
+    assert frames_of(apart.engines[0].sample(request, wanted="last"))
     apart.process.kill()
 
 
