@@ -216,7 +216,10 @@ class Model:
 
 
 def sample_apart(models: Sequence[Model]) -> None:
-    """Has models on a CPU sample in a process of its own, if there is a core for it."""
+    """Has models on a CPU sample in one process of their own, if there is a core for it.
+
+    Not by `Model` itself: a process is for a page, and takes seconds to start.
+    """
     models = [model for model in models if model.engine is not None and model.pipe.device.type == "cpu"]
     if models and usable_cpus() > 1:
         process = EngineProcess([(model.pipe.transformer, model.pipe.tokenizer) for model in models], usable_cpus())

@@ -9,10 +9,9 @@ import contextlib
 import ctypes
 import math
 import os
-import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -39,8 +38,8 @@ def share_memory_pools(pools: int = 2) -> None:
     By itself it gives every thread a pool, and what is free in one is not used by the others: with fifty visitors the
     page grew for as long as it ran.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, pools)
+    if mallopt := _of_glibc("mallopt"):
+        mallopt(_M_ARENA_MAX, pools)
 
 
 def give_back_memory(seconds: float = 60.0) -> None:
@@ -49,7 +48,7 @@ def give_back_memory(seconds: float = 60.0) -> None:
     By itself it gives back what lies behind the last block in use alone, and a block of a visitor's session lies there
     for long.
     """
-    trim = getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "malloc_trim", None)
+    trim = _of_glibc("malloc_trim")
 
     def go_round() -> None:
         while True:
@@ -58,6 +57,12 @@ def give_back_memory(seconds: float = 60.0) -> None:
 
     if trim:
         threading.Thread(target=go_round, name="give back memory", daemon=True).start()
+
+
+def _of_glibc(function: str) -> Callable | None:
+    with contextlib.suppress(OSError, AttributeError):
+        return getattr(ctypes.CDLL("libc.so.6"), function)
+    return None
 
 
 def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup"), environment: Mapping[str, str] = os.environ) -> int:

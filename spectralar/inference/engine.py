@@ -32,7 +32,8 @@ SECONDS_BETWEEN_SIGNS = 0.2  # of life, while there is no news
 
 
 class EngineBusyError(ValueError):
-    """Too many wait; the message says so in a sentence."""
+    """A request cannot be served now, and can later: too many wait, or a sampling process has died. The message says
+    which in a sentence."""
 
 
 class Frame(NamedTuple):

@@ -34,11 +34,14 @@ LOST = "the sampler had to be started again, and what it was at is lost: try onc
 class EngineProcess:
     """A process with an `Engine` for each of several models. It starts at once, and again should it die.
 
-    It ends with this process, however that ends. For models on a CPU: their weights are copied.
+    It ends with this process, however that ends. Weights are copied.
 
     Args:
-        models: pairs of transformer and tokenizer.
+        models: pairs of transformer and tokenizer, on a CPU, in eval mode.
         workers: as `Engine` has them.
+
+    Raises:
+        OSError: if the system starts no process; so does the first request after one has died.
     """
 
     def __init__(self, models: Sequence[tuple[SpectralARTransformer, SpectralTokenizer]], workers: int = 1) -> None:
@@ -80,7 +83,12 @@ class EngineProcess:
                 waiting.put(EngineBusyError(LOST))
 
     def sample(self, model: int, request: Request, visitor: Hashable, wanted: Wanted) -> Frames:
-        """`Engine.sample` of one of the models."""
+        """`Engine.sample` of one of the models, which is waited for until the request is in the queue.
+
+        Raises:
+            EngineBusyError, ValueError: as there; EngineBusyError also, then or while frames are waited for, if the
+                process dies.
+        """
         remote = _Remote(self, next(self._numbers), model)
         message = replace(request, feedback=None), visitor, wanted  # decoder feedback has a tokenizer: made there
         with self._lock:
@@ -191,8 +199,8 @@ def _send_all(connection: Connection, all_news: queue.SimpleQueue) -> None:
 
 def _packed(news: News | _Answer) -> Any:
     """As arrays: a pickled tensor is a file. Errors of others' making may not survive the way."""
-    if isinstance(news, list):
-        return [[None if x is None else x.numpy() for x in frame] for frame in news]
+    if isinstance(news, list):  # NumPy knows no bfloat16
+        return [(codes.numpy(), None if images is None else images.float().numpy()) for codes, images in news]
     if isinstance(news, Exception) and type(news) not in (ValueError, EngineBusyError):
         at = traceback.extract_tb(news.__traceback__)[-1]
         return RuntimeError(f"{type(news).__name__} at {at.filename}:{at.lineno}: {news}")
