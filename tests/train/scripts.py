@@ -80,6 +80,7 @@ class ScriptServer:
         """Starts a script; `file_limit`: no file may grow beyond so many bytes, as on a full disk."""
         self._count += 1
         log = Path(self._folder.name) / str(self._count)
+        log.touch()  # it may be killed before it has opened it
         port = free_port() if processes > 1 else 0
         pids = []
         for rank in range(processes):

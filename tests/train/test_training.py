@@ -1,12 +1,12 @@
 """Whole runs of both training stages, as processes: results, interruptions, damage, and what is refused."""
 
-import math
 import os
 import random
 import re
 import shutil
 import signal
 import time
+from collections.abc import Callable
 
 import psutil
 import pytest
@@ -209,26 +209,26 @@ def test_twenty_kills_at_random_moments_with_a_full_disk_and_damage_among_them(s
     whole = tmp_path / "whole"
     for earlier in tmp_path.glob("[!w]*"):  # what the stage starts from
         shutil.copytree(earlier, whole / earlier.name)
-    started, _ = run_until(scripts, script, [*argv, "--dry-run"])
     assert scripts.run(script, [*argv, "--output", whole])[0] == 0
 
+    def checkpoints():
+        return sorted((tmp_path / script / "checkpoints").glob("step-????????"))
+
+    started, said = run_until(scripts, script, argv, lambda _: checkpoints())
     random_moment = random.Random(0)
-    full, cut, said = False, None, ""
     for attempt in range(20):
-        checkpoints = sorted((tmp_path / script / "checkpoints").glob("step-????????"))
-        if attempt >= 7 and checkpoints and not full:
+        if attempt == 7:
             code, text = scripts.run(script, argv, file_limit=20_000)
-            full = code == 1 and "no checkpoint could be written" in text and "Traceback" not in text
-            assert full, text
-        if attempt >= 13 and len(checkpoints) == 2 and not cut:
-            cut = checkpoints[-1]
+            assert code == 1 and "no checkpoint could be written" in text and "Traceback" not in text, text
+        if attempt == 13:
+            run_until(scripts, script, argv, lambda _: len(checkpoints()) == 2)
+            cut = checkpoints()[-1]
             weights = cut / "model.safetensors"
             weights.write_bytes(weights.read_bytes()[:-1])
         limit = random_moment.uniform(0.1, 1.6) * started
-        spent, text = run_until(scripts, script, argv, limit)
+        spent, text = run_until(scripts, script, argv, lambda spent, limit=limit: spent >= limit)
         assert spent >= limit, "the run ended before it could be killed"
         said += text
-    assert full and cut
 
     code, text = scripts.run(script, argv)
     assert code == 0, text
@@ -236,11 +236,11 @@ def test_twenty_kills_at_random_moments_with_a_full_disk_and_damage_among_them(s
     assert_same_run(tmp_path, whole, stage)
 
 
-def run_until(scripts, script: str, argv: list, limit: float = math.inf) -> tuple[float, str]:
-    """Runs a script to its end, or until `limit` seconds of processor time, when it is killed: seconds and output."""
+def run_until(scripts, script: str, argv: list, when: Callable[[float], object]) -> tuple[float, str]:
+    """Runs a script and kills it when the time, in seconds of processor time, has come: these and the output."""
     run = scripts.start(script, argv)
     process, spent = psutil.Process(run.pids[0]), 0.0
-    while process.status() != psutil.STATUS_ZOMBIE and spent < limit:
+    while process.status() != psutil.STATUS_ZOMBIE and not when(spent):
         spent = sum(process.cpu_times()[:2])
         time.sleep(0.005)
     run.kill()
