@@ -1,13 +1,15 @@
 """One engine a model: whatever visitors ask for is sampled as one batch, and their frames are decoded together.
 
 A thread goes round: it lets requests in, gives each that is in its next token (`SamplingBatch`), decodes frames that
-are due, and hands out what there is. It is started by the first request and ends with the last.
+are due, and hands out what there is. It is started by the first request and ends with the last, or with the program.
 """
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,18 @@ FEWEST_ROWS, MOST_ROWS = 32, 512
 MOST_WAITING = 128  # requests
 FRAMES_TOGETHER = 2  # times what gains from being decoded at once
 SECONDS_BETWEEN_SIGNS = 0.2  # of life, while there is no news
+
+
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_at_exit = threading.Event()
+
+
+@atexit.register
+def _end_threads() -> None:
+    """Python ends a thread that is still at work by force, and in the midst of torch's C++ that aborts the program."""
+    _at_exit.set()
+    for thread in list(_threads):
+        thread.join()
 
 
 class EngineBusyError(ValueError):
@@ -182,6 +196,7 @@ class Engine:
             self._waiting.append(sampling)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="sampling", daemon=True)
+                _threads.add(self._thread)
                 self._thread.start()
         return sampling
 
@@ -197,7 +212,7 @@ class Engine:
             with self._lock:
                 self._drop_closed()
                 entering = self._next_in()
-                if not self._running:
+                if not self._running or _at_exit.is_set():
                     self._thread = None
                     return
             try:

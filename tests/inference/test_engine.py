@@ -1,9 +1,12 @@
 """The engine: many at a time, in threads; frames, departures, fairness, bounds, errors."""
 
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -219,3 +222,18 @@ def test_logits_that_are_not_finite_are_told_to_whom_they_concern(wanted):
     assert frames_of(good)[-1].codes.shape == (1, N)
     wait_for(lambda: engine._thread is None)
     assert engine._batch.free_rows == 16
+
+
+ENDS = """
+from spectralar.inference.engine import Engine
+from tests.helpers import tiny_pipeline
+pipe = tiny_pipeline()
+engine = Engine(pipe.transformer, pipe.tokenizer)
+first, *_ = [engine.sample(pipe.request(1)) for _ in range(30)]
+next(iter(first))
+"""
+
+
+def test_a_program_may_end_while_there_is_something_to_do():
+    done = subprocess.run([sys.executable, "-c", ENDS], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert (done.returncode, "terminate" in done.stderr) == (0, False), done.stderr
