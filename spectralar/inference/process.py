@@ -32,27 +32,40 @@ LOST = "the sampler had to be started again, and what it was at is lost: try onc
 
 
 class EngineProcess:
-    """A process with an `Engine` for each of several models. It starts at once, and again should it die.
+    """A process with an `Engine` for each of several models.
 
-    It ends with this process, however that ends. Weights are copied.
+    The first request has it started, also after it has died. Its start takes seconds of a core, which the page needs
+    for its own start and for what its first visitor sees: so it comes a little later, and until then requests are
+    served by engines here. It ends with this process, however that ends. Weights are copied.
 
     Args:
         models: pairs of transformer and tokenizer, on a CPU, in eval mode.
         workers: as `Engine` has them.
-
-    Raises:
-        OSError: if the system starts no process; so does the first request after one has died.
+        delay: seconds from a request without a process to the start of one.
     """
 
-    def __init__(self, models: Sequence[tuple[SpectralARTransformer, SpectralTokenizer]], workers: int = 1) -> None:
+    def __init__(
+        self, models: Sequence[tuple[SpectralARTransformer, SpectralTokenizer]], workers: int = 1, delay: float = 10.0
+    ) -> None:
+        self.delay = delay
         self._models, self._workers = list(models), workers
         self._lock = threading.Lock()  # of all below, and of what is sent
         self._numbers = itertools.count()
         self._open: dict[int, _Remote] = {}
         self._connection: Connection | None = None
-        self.engines = [RemoteEngine(self, i) for i in range(len(models))]
+        self.ready = False  # whether requests go there
+        self._coming = False  # whether a start has been ordered
+        self.engines = [RemoteEngine(self, i, Engine(*model, workers=workers)) for i, model in enumerate(models)]
+
+    def _order(self) -> None:
+        """Has the process started a little later, once."""
         with self._lock:
-            self._start()
+            if self._coming or self._connection is not None:
+                return
+            self._coming = True
+        timer = threading.Timer(self.delay, self._start)
+        timer.daemon = True
+        timer.start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would have this one's locks, and no threads
@@ -60,40 +73,49 @@ class EngineProcess:
         # Weights go by value: shared memory, torch's way between processes, is scarce in containers.
         arguments = theirs, pickle.dumps(self._models), torch.get_num_threads(), self._workers
         process = context.Process(target=_serve, args=arguments, name="sampling", daemon=True)
-        process.start()
-        theirs.close()
-        self.process, self._connection = process, ours
-        threading.Thread(target=self._listen, args=(ours,), name="from sampling", daemon=True).start()
+        with self._lock, contextlib.suppress(OSError):  # if the system starts none now, it may later
+            self._coming = False
+            process.start()
+            theirs.close()
+            self.process, self._connection = process, ours
+            threading.Thread(target=self._listen, args=(ours,), name="from sampling", daemon=True).start()
 
     def _listen(self, connection: Connection) -> None:
         """Hands out what comes, until the process has ended."""
         with contextlib.suppress(EOFError, OSError):
             while True:
                 number, news = pickle.loads(connection.recv_bytes())
-                if remote := self._open.get(number):
+                if number is None:
+                    self.ready = True
+                elif remote := self._open.get(number):
                     if isinstance(news, _Answer):
                         remote.answer.put(news.refusal)
                     else:
                         remote.news.put(_unpacked(news))
         with self._lock:
-            self._connection = None
+            self._connection, self.ready = None, False
             lost = list(self._open.values())
         for remote in lost:
             for waiting in (remote.answer, remote.news):
                 waiting.put(EngineBusyError(LOST))
 
-    def sample(self, model: int, request: Request, visitor: Hashable, wanted: Wanted) -> Frames:
+    def sample(self, model: int, request: Request, visitor: Hashable, wanted: Wanted) -> Frames | None:
         """`Engine.sample` of one of the models, which is waited for until the request is in the queue.
+
+        None if there is no process yet; one is then on its way.
 
         Raises:
             EngineBusyError, ValueError: as there; EngineBusyError also, then or while frames are waited for, if the
                 process dies.
         """
+        if not self.ready:
+            self._order()
+            return None
         remote = _Remote(self, next(self._numbers), model)
         message = replace(request, feedback=None), visitor, wanted  # decoder feedback has a tokenizer: made there
         with self._lock:
-            if self._connection is None:
-                self._start()
+            if self._connection is None:  # it has died since
+                return None
             self._open[remote.number] = remote
             self._send(remote, message)
         if refusal := remote.answer.get():
@@ -117,19 +139,21 @@ class EngineProcess:
 
 @dataclass
 class RemoteEngine:
-    """What an `Engine` is to who samples, with the engine in another process."""
+    """What an `Engine` is to who samples, with the engine in another process; `here` is one for while that starts."""
 
     process: EngineProcess
     model: int
+    here: Engine
 
     def sample(self, request: Request, visitor: Hashable = None, wanted: Wanted = "all") -> Frames:
         """As `Engine.sample`."""
-        return self.process.sample(self.model, request, visitor, wanted)
+        frames = self.process.sample(self.model, request, visitor, wanted)
+        return self.here.sample(request, visitor, wanted) if frames is None else frames
 
     @property
     def num_requests(self) -> int:
         """Requests that are waiting or being served."""
-        return self.process.num_requests(self.model)
+        return self.process.num_requests(self.model) + self.here.num_requests
 
 
 @dataclass(eq=False)
@@ -172,6 +196,7 @@ def _serve(connection: Connection, models: bytes, threads: int, workers: int) ->
     engines = [Engine(*model, workers=workers) for model in pickle.loads(models)]
     all_news: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_send_all, args=(connection, all_news), daemon=True).start()
+    all_news.put((None, None))  # ready
     samplings: dict[int, Frames] = {}
     with contextlib.suppress(EOFError, OSError):
         while True:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from spectralar.inference.engine import Engine, EngineBusyError
+from spectralar.inference.engine import Engine, EngineBusyError, Sampling
 from spectralar.inference.process import LOST, EngineProcess
 from tests.helpers import seed, tiny_pipeline
 from tests.inference.test_engine import SHORTCUT, frames_of, wait_for
@@ -24,9 +24,16 @@ def pipes():
     return [pipe, tiny_pipeline(dtype=torch.float32, tokenizer=SHORTCUT), tiny_pipeline(dtype=torch.bfloat16)]
 
 
+def started(*pipes, workers=1):
+    apart = EngineProcess([(pipe.transformer, pipe.tokenizer) for pipe in pipes], workers, delay=0)
+    apart.engines[0].sample(pipes[0].request(1)).close()
+    wait_for(lambda: apart.ready)
+    return apart
+
+
 @pytest.fixture(scope="module")
 def apart(pipes):
-    apart = EngineProcess([(pipe.transformer, pipe.tokenizer) for pipe in pipes], workers=2)
+    apart = started(*pipes, workers=2)
     yield apart
     apart.process.kill()
 
@@ -109,7 +116,7 @@ def broken():
     pipe = tiny_pipeline(dtype=torch.float32)
     with torch.no_grad():
         pipe.transformer.head.weight.fill_(torch.nan)
-    apart = EngineProcess([(pipe.transformer, pipe.tokenizer)])
+    apart = started(pipe)
     yield pipe, apart
     apart.process.kill()
 
@@ -125,15 +132,15 @@ def test_errors_of_sampling_come_back(broken):
 
 
 def test_a_process_that_died_is_told_and_started_again(pipes):
-    apart = EngineProcess([(pipes[0].transformer, pipes[0].tokenizer)])
+    pipe = pipes[0]
+    apart = started(pipe)
     engine, process = apart.engines[0], apart.process
-    frames_of(engine.sample(pipes[0].request(1, generator=seed()), wanted="last"))
     psutil.Process(process.pid).suspend()  # so that nothing is finished before it dies
     errors = []
 
     def visit():
         try:
-            frames_of(engine.sample(pipes[0].request(1, generator=seed())))
+            frames_of(engine.sample(pipe.request(1, generator=seed())))
         except EngineBusyError as error:
             errors.append(str(error))
 
@@ -146,23 +153,35 @@ def test_a_process_that_died_is_told_and_started_again(pipes):
         thread.join(60)
     assert errors == [LOST] * 3 and engine.num_requests == 0
     wait_for(lambda: apart._connection is None)
-    alone = pipes[0](1, generator=seed(), output_type="latent").codes
-    assert torch.equal(frames_of(engine.sample(pipes[0].request(1, generator=seed())))[-1].codes, alone)
+    assert frames_of(engine.sample(pipe.request(1, generator=seed())))  # which starts another
+    wait_for(lambda: apart.ready)
     assert apart.process.pid != process.pid
     apart.process.kill()
 
 
-def test_where_no_process_can_be_started_the_next_request_tries_again(pipes, monkeypatch):
-    apart = EngineProcess([(pipes[0].transformer, pipes[0].tokenizer)])
-    apart.process.kill()
-    wait_for(lambda: apart._connection is None)
-    request = pipes[0].request(1, generator=seed())
+def test_it_waits_until_the_first_requests_are_served(pipes):
+    apart = EngineProcess([(pipes[0].transformer, pipes[0].tokenizer)], delay=3600)
+    assert frames_of(apart.engines[0].sample(pipes[0].request(1)))
+    assert apart._coming and apart._connection is None
+
+
+def test_while_it_starts_and_where_it_cannot_requests_are_served_here(pipes, monkeypatch):
+    pipe = pipes[0]
+    alone = pipe(1, generator=seed(), output_type="latent").codes
     with monkeypatch.context() as patch:
         patch.setattr("multiprocessing.process.BaseProcess.start", Mock(side_effect=OSError("no memory")))
-        with pytest.raises(OSError, match="no memory"):
-            apart.engines[0].sample(request)
-    assert apart.engines[0].num_requests == 0
-    assert frames_of(apart.engines[0].sample(request, wanted="last"))
+        apart = EngineProcess([(pipe.transformer, pipe.tokenizer)], delay=0)
+        for _ in range(2):
+            sampling = apart.engines[0].sample(pipe.request(1, generator=seed()))
+            assert isinstance(sampling, Sampling) and apart._connection is None
+            assert torch.equal(frames_of(sampling)[-1].codes, alone)
+            wait_for(lambda: not apart._coming)  # it was tried
+    wait_for(lambda: apart.engines[0].num_requests == 0)
+    assert isinstance(apart.engines[0].sample(pipe.request(1, generator=seed())), Sampling)  # which starts it
+    wait_for(lambda: apart.ready)
+    sampling = apart.engines[0].sample(pipe.request(1, generator=seed()))
+    assert not isinstance(sampling, Sampling)
+    assert torch.equal(frames_of(sampling)[-1].codes, alone)
     apart.process.kill()
 
 
@@ -173,7 +192,11 @@ from spectralar.inference.process import EngineProcess
 from tests.helpers import tiny_pipeline
 if __name__ == "__main__":
     pipe = tiny_pipeline(dtype=torch.float32)
-    print(EngineProcess([(pipe.transformer, pipe.tokenizer)]).process.pid, flush=True)
+    apart = EngineProcess([(pipe.transformer, pipe.tokenizer)], delay=0)
+    apart.engines[0].sample(pipe.request(1))
+    while apart._connection is None:
+        time.sleep(0.01)
+    print(apart.process.pid, flush=True)
     time.sleep(300)
 """
 
