@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import linear
 from .quantizer import at_least_float32
 from .shortcut import SpectralShortcut
 
@@ -96,13 +97,15 @@ class EntryMaps(nn.Module):
         entries = F.embedding(tokens, self.entries).unsqueeze(1)  # (B, 1, d)
         return torch.bmm(entries, self.inputs.index_select(0, position))[:, 0]
 
-    def logits_at(self, hidden: Tensor, position: Tensor) -> Tensor:
+    # `entries` (K, d) is the buffer, or that `layers.by_columns`.
+
+    def logits_at(self, hidden: Tensor, position: Tensor, entries: Tensor) -> Tensor:
         """Of outputs (B, D) for the tokens at `position` -> (B, K)."""
         seen = torch.bmm(self.outputs.index_select(0, position), hidden.unsqueeze(2))[:, :, 0]  # (B, d)
-        return F.linear(seen, self.entries)
+        return linear(seen, entries)
 
-    def expected_logits_at(self, expected: Tensor, position: int | Tensor) -> Tensor:
+    def expected_logits_at(self, expected: Tensor, position: int | Tensor, entries: Tensor) -> Tensor:
         """What expectations (B, d) add to the logits of the tokens at `position`, (B,) or one for all -> (B, K)."""
         maps = self.expected[position].expand(len(expected), -1, -1)  # (B, d, d)
         seen = torch.bmm(maps, expected.to(maps.dtype).unsqueeze(2))[:, :, 0]  # (B, d)
-        return EXPECTED_SCALE * F.linear(seen, self.entries)
+        return EXPECTED_SCALE * linear(seen, entries)

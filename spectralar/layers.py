@@ -14,6 +14,17 @@ from torch import Tensor, nn
 LARGE_WEIGHT = 1 << 18  # numbers in a weight from which on blocks pay
 BLOCKS = 4  # of outputs
 BLOCK_WIDTH = 512  # of inputs
+ROWS_TOGETHER = 4  # of products whose sums are to come in one order
+
+
+def by_columns(weight: Tensor) -> Tensor:
+    """A copy of a weight (D', D) whose columns lie one after another: `linear` then has sums come in one order."""
+    return weight.t().contiguous().t()
+
+
+def filled_up(rows: int) -> int:
+    """The next multiple of `ROWS_TOGETHER`."""
+    return -(-rows // ROWS_TOGETHER) * ROWS_TOGETHER
 
 
 def block_inputs(weight: Tensor, rows: int) -> Tensor:
@@ -27,14 +38,22 @@ def block_inputs(weight: Tensor, rows: int) -> Tensor:
     return weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear of a few rows x (B, D) -> (B, D'); weight (D', D), or what `block_inputs` makes of it.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of a few rows x (B, D) -> (B, D'); weight (D', D), or what `by_columns` or `block_inputs` makes of it.
+
+    BLAS sums a row in another order beside more rows or fewer, on every CPU in its own way. With a weight by columns
+    each four rows are a product of their own, and a row's sums are the same wherever it is and whatever is beside it.
 
     BLAS takes one to three rows for a thin matrix product, and reads a large weight at a half to a fifth of the
     memory's rate, on one thread if it is one row. As a batch of products with blocks of W it reads at up to its full
     rate, on all threads. More rows are slower this way, and for small weights the calls cost more than it gains.
     """
     rows = x.shape[0]
+    if rows % ROWS_TOGETHER == 0 and _lies_by_columns(weight):
+        fours = x.view(-1, ROWS_TOGETHER, x.shape[1])
+        columns = weight.t().expand(len(fours), -1, -1)
+        out = torch.bmm(fours, columns) if bias is None else torch.baddbmm(bias, fours, columns)
+        return out.view(rows, -1)
     if weight.ndim == 3:
         columns = x.view(rows, -1, BLOCK_WIDTH).permute(1, 2, 0)  # (blocks, 512, B)
         out = torch.bmm(weight, columns).sum(0)  # (D', B)
@@ -43,7 +62,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         out = torch.bmm(weight.view(BLOCKS, -1, x.shape[1]), columns).view(-1, rows)  # (D', B)
     else:
         return F.linear(x, weight, bias)
+    if bias is None:
+        return out.t().contiguous()
     return torch.add(out.t(), bias, out=x.new_empty(rows, len(bias)))  # contiguous, in one call
+
+
+def _lies_by_columns(weight: Tensor) -> bool:
+    return weight.ndim == 2 and weight.stride(0) == 1 != weight.stride(1)
 
 
 def _in_blocks(weight: Tensor) -> bool:
@@ -239,15 +264,18 @@ class AdaLNBlock(nn.Module):
         hidden = self.mlp(torch.addcmul(shift2, self.norm2(x), scale2))
         return torch.addcmul(x, gate2, dropout(hidden))
 
-    def step_parameters(self, rows: int, dtype: torch.dtype | None = None) -> StepParameters:
-        """The parameters as `adaln_step` takes them, for so many sequences at once, in the type to compute in."""
+    def step_parameters(self, rows: int, dtype: torch.dtype | None = None, in_order: bool = False) -> StepParameters:
+        """The parameters as `adaln_step` takes them, in the type to compute in, for so many sequences."""
         attn, up, down = self.attn, self.mlp.up, self.mlp.down
         dtype = dtype or attn.to_qkv.weight.dtype
         parameters = (
             attn.to_qkv.weight, attn.to_qkv.bias, attn.norm_q.weight, attn.norm_k.weight, attn.to_out.weight,
-            attn.to_out.bias, up.weight, up.bias, block_inputs(down.weight.to(dtype), rows), down.bias,
+            attn.to_out.bias, up.weight, up.bias, down.weight, down.bias,
         )  # fmt: skip
-        return StepParameters(*(p.to(dtype) for p in parameters))
+        made = StepParameters(*(p.to(dtype) for p in parameters))
+        if in_order:
+            return StepParameters(*(by_columns(p) if p.ndim == 2 else p for p in made))
+        return made._replace(down_weight=block_inputs(made.down_weight, rows))
 
 
 class StepParameters(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +13,18 @@ from torch.nn import functional as F
 
 from .entries import EntryMaps
 from .inference.compiled import CompiledStep
-from .layers import AdaLNBlock, KVCache, LayerwiseCasting, StepParameters, adaln_step, init_weights, linear
+from .layers import (
+    AdaLNBlock,
+    KVCache,
+    LayerwiseCasting,
+    StepParameters,
+    adaln_step,
+    by_columns,
+    init_weights,
+    linear,
+)  # fmt: skip
 
+WIDEST_IN_ORDER = 256
 # The paper's model (310M parameters, 64 tokens, ImageNet-1K); the size is VAR-d16's (Tian et al., 2024).
 PRESETS = {
     "d16": {
@@ -37,29 +47,68 @@ class Conditioning(NamedTuple):
 
 
 class SamplingCache(KVCache):
-    """Keys and values of the sequences that are being sampled, and the blocks' parameters for `adaln_step`."""
+    """Keys and values of the sequences that are being sampled, and the weights as a step reads them."""
 
     def __init__(self, model: SpectralARTransformer, batch: int) -> None:
         config = model.config
         head_dim = config.hidden_size // config.num_heads
         super().__init__(config.num_layers, batch, config.num_heads, config.num_tokens, head_dim, like=model.position)
-        # Of `parameters`, those of a few sequences are laid out for so many.
-        parameters = _StepParametersOf(model, batch, self.dtype)
-        self.parameters: Sequence[StepParameters] = parameters if model.casts_weights else list(parameters)
+        self.weights = StepWeights(model, batch, self.dtype)
         self.positions = torch.arange(config.num_tokens, dtype=torch.int64, device=model.device)
 
 
-class _StepParametersOf(Sequence):
-    """The blocks' parameters, made anew at each use: of weights that are stored in fewer bits one block at a time."""
+def sums_in_order(model: SpectralARTransformer) -> bool:
+    """Whether an image's logits are to be the same to the bit whatever it is sampled with.
+
+    So on a CPU, for a model of width 256 or less: few rows are filled up to `layers.ROWS_TOGETHER`, see
+    `layers.linear`. A wider one's weights are what takes the time. Few rows stay as they are, and their logits are
+    the same as among others up to rounding.
+    """
+    return model.device.type == "cpu" and model.config.hidden_size <= WIDEST_IN_ORDER
+
+
+class StepWeights:
+    """What `step` reads for so many sequences: looked up, and laid out for it, once, at the first step.
+
+    A prefix alone needs none of it. Weights that are stored in fewer bits are cast anew at each use, block by block.
+    """
 
     def __init__(self, model: SpectralARTransformer, rows: int, dtype: torch.dtype) -> None:
-        self._blocks, self._rows, self._dtype = model.blocks, rows, dtype
+        self._model, self._rows, self._dtype = model, rows, dtype
+        self._in_order = sums_in_order(model) and dtype.itemsize >= 4
+        self._kept: dict[object, Any] = {}
 
-    def __len__(self) -> int:
-        return len(self._blocks)
+    def block(self, layer: int) -> StepParameters:
+        """Parameters of a block."""
+        block, how = self._model.blocks[layer], (self._rows, self._dtype, self._in_order)
+        return self._get(layer, lambda: block.step_parameters(*how))
 
-    def __getitem__(self, layer: int) -> StepParameters:
-        return self._blocks[layer].step_parameters(self._rows, self._dtype)
+    @property
+    def blocks(self) -> list[StepParameters]:
+        """Those of all blocks."""
+        return [self.block(layer) for layer in range(len(self._model.blocks))]
+
+    @property
+    def head(self) -> Tensor:
+        """Weight of the head, (K, D)."""
+        return self._get("head", lambda: self._laid_out(self._model.head.weight))
+
+    @property
+    def entries(self) -> Tensor | None:
+        """Entries of the codebook, (K, d), if the model knows them."""
+        maps = self._model.entry_maps
+        return None if maps is None else self._get("entries", lambda: self._laid_out(maps.entries))
+
+    def _laid_out(self, weight: Tensor) -> Tensor:
+        weight = weight.to(self._dtype)
+        return by_columns(weight) if self._in_order else weight
+
+    def _get(self, name: object, make: Callable[[], Any]) -> Any:
+        if self._model.casts_weights:
+            return make()
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
 
 
 class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
@@ -184,18 +233,20 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
         at = slice(0, x.shape[1]) if positions is None else positions
         return self._logits(x[:, at], conditioning, at, expected)
 
-    def add_expected(self, logits: Tensor, expected: Tensor, position: int | Tensor) -> Tensor:
+    def add_expected(self, logits: Tensor, expected: Tensor, position: int | Tensor, cache: SamplingCache) -> Tensor:
         """With `decoder_feedback`, what is still to be added to the logits of `step` or of guidance.
 
         Args:
             logits: (B, K) of the token at `position`.
             expected: (B, d), what the decoder expects of it.
             position: in 0..N-1, one for all or (B,) int64.
+            cache: that of `step`.
 
         Returns:
             (B, K) in the logits' type.
         """
-        return logits + self.entry_maps.expected_logits_at(expected, position).to(logits.dtype)
+        heard = self.entry_maps.expected_logits_at(expected, position, cache.weights.entries)
+        return logits + heard.to(logits.dtype)
 
     # ------------------------------------------------------------------------------------------------ inference
 
@@ -238,8 +289,9 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
         compiles = self._compiled_step is not None and not self.casts_weights
         if compiles and not of_each and tokens is not None and tokens.is_cpu:
             here = cache.positions[position : position + 1]
+            w = cache.weights
             compiled = self._compiled_step(
-                self, tokens[:, 0], here, tuple(conditioning), cache.parameters, cache.keys, cache.values
+                self, tokens[:, 0], here, tuple(conditioning), w.blocks, w.head, w.entries, cache.keys, cache.values
             )
             if compiled is not None:
                 return _at_least_float32(compiled)
@@ -251,13 +303,14 @@ class SpectralARTransformer(LayerwiseCasting, ModelMixin, ConfigMixin):
             x = torch.where((position == 0).unsqueeze(1), conditioning.start, x)
         x = x + self.position[position]
         modulation = conditioning.blocks.flatten(1, 2).unbind(1)  # 6 L times (B, D)
-        for layer, (parameters, slot) in enumerate(zip(cache.parameters, cache.slots(position), strict=True)):
-            x = adaln_step(x, parameters, modulation[6 * layer : 6 * layer + 6], slot)
+        for layer, slot in enumerate(cache.slots(position)):
+            x = adaln_step(x, cache.weights.block(layer), modulation[6 * layer : 6 * layer + 6], slot)
         shift, scale = conditioning.final.unbind(1)  # each (B, D)
         x = torch.addcmul(shift, torch.layer_norm(x, x.shape[1:], eps=1e-6), scale)
-        logits = linear(x, self.head.weight.to(x.dtype), self.head.bias.to(x.dtype))
+        logits = linear(x, cache.weights.head, self.head.bias.to(x.dtype))
         if self.entry_maps is not None:
-            logits = logits + self.entry_maps.logits_at(x, self._places(position, cache, len(x)))
+            places = self._places(position, cache, len(x))
+            logits = logits + self.entry_maps.logits_at(x, places, cache.weights.entries)
         return _at_least_float32(logits)
 
     # ------------------------------------------------------------------------------------------------ parts

@@ -31,7 +31,7 @@ def test_inputs_and_logits_are_the_formula(maps):
 def test_single_tokens_are_those_of_a_sequence_and_do_not_depend_on_others(maps):
     maps = maps.float()
     tokens, hidden, positions = torch.randint(K, (6,)), torch.randn(6, WIDTH), torch.tensor([0, 11, 3, 3, 5, 0])
-    embedded, logits = maps.embed_at(tokens, positions), maps.logits_at(hidden, positions)
+    embedded, logits = maps.embed_at(tokens, positions), maps.logits_at(hidden, positions, maps.entries)
     for i, p in enumerate(positions.tolist()):
         alone = slice(i, i + 1)
         assert torch.equal(maps.embed_at(tokens[alone], positions[alone])[0], embedded[i])

@@ -1,6 +1,9 @@
 """Attention and blocks against torch's own; the cache against running the whole sequence again."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -116,6 +119,30 @@ def test_linear_of_few_rows_is_torchs(rows, dtype, outputs, monkeypatch):
         out = linear(x, form, bias)
         assert out.is_contiguous() and out.dtype == dtype
         torch.testing.assert_close(out, F.linear(x, weight, bias))
+
+
+IN_ORDER = """
+import torch
+from spectralar.layers import by_columns, linear
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+for inputs, outputs in ((128, 384), (512, 128), (192, 192), (768, 192), (16, 4096), (256, 1024), (1024, 256)):
+    weight = by_columns(torch.randn(outputs, inputs, generator=generator))
+    rows = torch.randn(320, inputs, generator=generator)
+    for bias in (None, torch.randn(outputs, generator=generator)):
+        whole = linear(rows, weight, bias)
+        torch.testing.assert_close(whole, torch.nn.functional.linear(rows, weight, bias), rtol=1e-4, atol=1e-4)
+        for count in (4, 8, 20, 160):
+            picked = torch.randperm(320, generator=generator)[:count]
+            assert torch.equal(linear(rows[picked], weight, bias), whole[picked]), (inputs, outputs, count)
+print("in order")
+"""
+
+
+@pytest.mark.parametrize("instructions", ["", "AVX2", "SSE4_2"])  # of Intel's CPUs; on others as they are
+def test_with_a_weight_by_columns_a_row_is_the_same_to_the_bit_wherever_it_is(instructions):
+    env = os.environ | ({"MKL_ENABLE_INSTRUCTIONS": instructions} if instructions else {})
+    assert subprocess.check_output([sys.executable, "-c", IN_ORDER], env=env, text=True) == "in order\n"
 
 
 def test_only_large_weights_with_many_inputs_are_copied():

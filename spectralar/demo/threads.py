@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..inference.generation import sums_in_order
-from ..transformer import SpectralARTransformer
+from ..transformer import SpectralARTransformer, sums_in_order
 
 _M_ARENA_MAX = -8  # of malloc.h
 

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..layers import filled_up
 from ..sampling import guidance_curve
 from ..transformer import Conditioning, SamplingCache, SpectralARTransformer
 from . import cuda_graphs
 from .feedback import DecoderFeedback
-from .generation import ROWS_TOGETHER, after_given, choose, logits_dtype
+from .generation import after_given, choose, logits_dtype
 
 MOST_GRAPHS = 64
 
@@ -90,13 +91,14 @@ class SamplingBatch:
 
     Args:
         transformer: the model.
-        capacity: rows of the transformer that there are.
+        capacity: rows of the transformer that there are, up to the next multiple of four.
         codebook_sizes: entries that each position may use, of a tokenizer with nested codebooks. None: all.
     """
 
     def __init__(
         self, transformer: SpectralARTransformer, capacity: int, codebook_sizes: Sequence[int] | None = None
     ) -> None:
+        capacity = filled_up(capacity)
         self.transformer, self.capacity = transformer, capacity
         config, device, n = transformer.config, transformer.device, transformer.config.num_tokens
         dtype, width = transformer.dtype, config.hidden_size
@@ -163,7 +165,7 @@ class SamplingBatch:
 
     def _begin(self, request: Request, rows: Tensor) -> None:
         """Conditioning of the request's rows, and what its prefix leaves in the cache."""
-        labels, spare = request.class_labels, -request.num_rows % ROWS_TOGETHER
+        labels, spare = request.class_labels, filled_up(request.num_rows) - request.num_rows
         if request.guided:
             labels = torch.cat([labels, torch.full_like(labels, self.transformer.null_label)])
         conditioning = self.transformer.condition(F.pad(labels, (0, spare)))  # of R rows
@@ -177,7 +179,7 @@ class SamplingBatch:
             logits = after_given(self.transformer, prefix, conditioning, cache)  # (R, K)
             if request.feedback is not None:
                 expected = request.feedback.after(request.codes[:, :length])
-                logits = self.transformer.add_expected(logits, expected.index_select(0, image_of), length)
+                logits = self.transformer.add_expected(logits, expected.index_select(0, image_of), length, cache)
             images = self._places[request].images
             self._finite[images] = logits[: len(rows)].isfinite().all(1).view(-1, batch).all(0)
             uncond = logits[batch : 2 * batch] if request.guided else None
@@ -224,7 +226,7 @@ class SamplingBatch:
         """What of the buffers is used, and which images share filters."""
         rows = max((int(places.rows.max()) + 1 for places in self._places.values()), default=0)
         images = max((int(places.images.max()) + 1 for places in self._places.values()), default=0)
-        rows = -(-rows // ROWS_TOGETHER) * ROWS_TOGETHER
+        rows = filled_up(rows)
         if self._captures and rows:
             rows, images = cuda_graphs.bucket(rows), cuda_graphs.bucket(images)
         self._used = min(self.capacity, rows), min(self.capacity, images)
@@ -262,7 +264,7 @@ class SamplingBatch:
         logits = self.transformer.step(self._tokens[:rows, None], positions, conditioning, self._caches[rows])
         if self._expected is not None:
             expected = self._expected.index_select(0, self._image_of[:rows])
-            logits = self.transformer.add_expected(logits, expected, positions)
+            logits = self.transformer.add_expected(logits, expected, positions, self._caches[rows])
         at = positions.index_select(0, cond).unsqueeze(1)  # (I, 1), the token that is chosen
         both = logits.index_select(0, cond), logits.index_select(0, self._uncond[:images])  # each (I, K)
         finite = logits.isfinite().all(1)  # (R,)

@@ -55,16 +55,18 @@ def block_at(
 
 def step_at(
     model: Any, token: Tensor, position: Tensor, conditioning: tuple[Tensor, ...],
-    parameters: Sequence[StepParameters], keys: Sequence[Tensor], values: Sequence[Tensor],
+    parameters: Sequence[StepParameters], head: Tensor, entries: Tensor | None, keys: Sequence[Tensor],
+    values: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
     """`SpectralARTransformer.step` for one token behind others.
 
     Args:
-        model: the `SpectralARTransformer`; only its own parameters are taken from it.
+        model: the `SpectralARTransformer`; what is not among the following is taken from it.
         token: (B,) int64 in 0..K-1.
         position: (1,) int64 in 1..N-1, inputs in the cache.
         conditioning: a `Conditioning` of B rows.
         parameters, keys, values: of each layer, as in `block_at`.
+        head, entries: as `StepWeights` has them.
 
     Returns:
         (B, K), logits of the token after this one.
@@ -77,9 +79,9 @@ def step_at(
         x = block_at(x, p, blocks[:, layer], keys[layer], values[layer], position)
     shift, scale = final.unbind(1)
     x = torch.addcmul(shift, F.layer_norm(x, x.shape[1:], eps=1e-6), scale)
-    logits = linear(x, model.head.weight, model.head.bias)
+    logits = linear(x, head, model.head.bias)
     if model.entry_maps is not None:
-        logits = logits + model.entry_maps.logits_at(x, position.expand(len(token)))
+        logits = logits + model.entry_maps.logits_at(x, position.expand(len(token)), entries)
     return logits
 
 

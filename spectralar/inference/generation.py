@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..layers import filled_up
 from ..sampling import guidance_at, guide, sample_tokens
-from ..transformer import Conditioning, SamplingCache, SpectralARTransformer
+from ..transformer import Conditioning, SamplingCache, SpectralARTransformer, sums_in_order
 from .feedback import DecoderFeedback
-
-ROWS_TOGETHER = 4
-WIDEST_FILLED = 256
 
 
 class TokenGenerator:
@@ -130,7 +128,8 @@ class TokenGenerator:
         """Guidance, filters, and the choice of token `index`."""
         batch = self.codes.shape[0]
         if self._expected is not None and index:
-            logits = self.transformer.add_expected(logits, self._expected.index_select(0, self._image_of), index)
+            expected = self._expected.index_select(0, self._image_of)
+            logits = self.transformer.add_expected(logits, expected, index, self._cache)
         uncond = logits[batch : 2 * batch] if self._guided else None
         self._finite.logical_and_(logits[: 2 * batch if self._guided else batch].isfinite().all())
         size = None if self.codebook_sizes is None else self.codebook_sizes[index]
@@ -201,23 +200,12 @@ def choose(
 
 
 def rows_to_run(transformer: SpectralARTransformer, rows: int) -> int:
-    """Rows to run for so many: multiples of four, with spare ones, where `sums_in_order`.
+    """Rows to run for so many: with spare ones up to a multiple of four where `sums_in_order`.
 
-    BLAS sums in another order for one to three rows than for more. So filled up, an image's logits are the same to
-    the bit whatever it is sampled with, also by an `Engine`, if torch runs on one thread. Not so on Intel's CPUs with
-    AVX-512: there MKL sums in another order for up to 15 rows, the more the wider the model, and logits are the same
-    up to rounding. With decoder feedback the same holds for the images that are decoded side by side.
+    An image's logits are then the same to the bit whatever it is sampled with, also by an `Engine`, in float32 and
+    with torch on one thread. With decoder feedback that holds for the images that are decoded side by side.
     """
-    return -(-rows // ROWS_TOGETHER) * ROWS_TOGETHER if sums_in_order(transformer) else rows
-
-
-def sums_in_order(transformer: SpectralARTransformer) -> bool:
-    """Whether few rows are filled up: on a CPU, for a model of width 256 or less.
-
-    For a wider one, whose weights are what takes the time, few rows stay as they are: their logits are the same as
-    among others up to rounding.
-    """
-    return transformer.device.type == "cpu" and transformer.config.hidden_size <= WIDEST_FILLED
+    return filled_up(rows) if sums_in_order(transformer) else rows
 
 
 def logits_dtype(transformer: SpectralARTransformer) -> torch.dtype:

@@ -140,11 +140,12 @@ def test_weights_stored_in_8_bits(compute, kinds):
 
 def test_weights_stored_in_8_bits_are_cast_at_each_use_and_not_kept():
     model = tiny_pipeline(dtype=torch.float32).transformer
-    kept = model.make_cache(4).parameters
-    assert kept[0].up_weight is kept[0].up_weight
+    kept = model.make_cache(4).weights
+    assert kept.block(0).up_weight is kept.block(0).up_weight and kept.head is kept.head
     model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-    cast = model.make_cache(4).parameters
-    assert cast[0].up_weight is not cast[0].up_weight and cast[0].up_weight.dtype == torch.float32
+    cast = model.make_cache(4).weights
+    assert cast.block(0).up_weight is not cast.block(0).up_weight and cast.head is not cast.head
+    assert cast.block(0).up_weight.dtype == cast.head.dtype == torch.float32
     assert model.blocks[0].mlp.up.weight.dtype == torch.float8_e4m3fn
 
 
