@@ -138,7 +138,7 @@ class Engine:
     before all others. Frames are decoded in the order of how many a visitor has got.
 
     On a CPU in float32, with torch on one thread, codes are those of the request alone, to the bit (see
-    `generation.rows_to_run` for CPUs where that is not so); on more threads and other devices up to rounding, which
+    `transformer.sums_in_order`); on more threads and other devices up to rounding, which
     gives another token where a random number falls between two sums.
 
     Args:
