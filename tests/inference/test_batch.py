@@ -108,6 +108,10 @@ def test_logits_are_the_same_to_the_bit_in_any_company(width):
         assert torch.equal(run(rows, torch.tensor([place])), alone)
 
 
+def test_there_is_room_for_whole_fours(model):
+    assert [SamplingBatch(model, capacity).free_rows for capacity in (1, 6, 8)] == [4, 8, 8]
+
+
 def test_buffers_are_made_once(model):
     batch = SamplingBatch(model, 16)
 

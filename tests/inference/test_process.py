@@ -168,14 +168,18 @@ def test_it_waits_until_the_first_requests_are_served(pipes):
 def test_while_it_starts_and_where_it_cannot_requests_are_served_here(pipes, monkeypatch):
     pipe = pipes[0]
     alone = pipe(1, generator=seed(), output_type="latent").codes
+    before = set(threading.enumerate())
     with monkeypatch.context() as patch:
         patch.setattr("multiprocessing.process.BaseProcess.start", Mock(side_effect=OSError("no memory")))
+        patch.setattr("threading.excepthook", tracebacks := Mock())
         apart = EngineProcess([(pipe.transformer, pipe.tokenizer)], delay=0)
         for _ in range(2):
             sampling = apart.engines[0].sample(pipe.request(1, generator=seed()))
             assert isinstance(sampling, Sampling) and apart._connection is None
             assert torch.equal(frames_of(sampling)[-1].codes, alone)
             wait_for(lambda: not apart._coming)  # it was tried
+        wait_for(lambda: set(threading.enumerate()) <= before)
+        assert not tracebacks.called
     wait_for(lambda: apart.engines[0].num_requests == 0)
     assert isinstance(apart.engines[0].sample(pipe.request(1, generator=seed())), Sampling)  # which starts it
     wait_for(lambda: apart.ready)
