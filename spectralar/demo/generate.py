@@ -233,8 +233,7 @@ class _Tab:
 
     def open(self, request: gr.Request) -> dict:
         """The opening picture, unless the visitor's link asks for another one."""
-        query = request.query_params
-        if "seed" in query or query.get("tab", "generate") != "generate":
+        if "seed" in request.query_params:
             return {self.view: gr.skip()}  # an empty dict would count as a value for the first output
         run = self.opening()
         return {self.view: run.snapshot(), self.run: run}

@@ -37,8 +37,8 @@ STATISTICS = {"GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9), "GRADIO_ANALYTICS_
 # The address has been read. What the visitor's link asked for is run as if it had been clicked.
 OPENED = (
     "() => { window.spectralarOpened = true; const query = new URLSearchParams(location.search); "
-    "if (query.has('seed') && (query.get('tab') || 'generate') === 'generate') "
-    "document.querySelector('#generate')?.click(); }"
+    "const tab = document.getElementById(`tab-${query.get('tab')}-button`) || { id: 'tab-generate-button' }; "
+    "if (query.has('seed') && tab.id === 'tab-generate-button') document.querySelector('#generate')?.click(); }"
 )
 
 

@@ -174,6 +174,20 @@ def test_opening_pictures_are_sampled_once_for_all_visitors(generating, page, op
     assert page.steps == steps
 
 
+def test_a_link_to_another_tab_leaves_the_opening_picture_in_generate(generating, open_tab):
+    other = open_tab("?tab=bands")
+    other.get_by_role("tab", name="Generate").click()
+    wait_for_k(other, 24)
+    assert np.array_equal(pixels(other, 3), pixels(generating, 3))
+
+
+def test_a_link_to_a_tab_that_does_not_exist_opens_generate(open_tab, page):
+    other = open_tab("?tab=nothing&seed=9&count=1")
+    wait_for_k(other, 24)
+    wait_until_done(other)
+    assert other.locator("#generated canvas").count() == 1
+
+
 def test_images_sharpen_token_by_token(generating, page):
     start(generating, page, 1, seed=5)
     first = pixels(generating)
