@@ -86,7 +86,7 @@ class SamplingBatch:
 
     A request keeps its rows from its first token to its last. A row of another one, or of nobody, changes nothing in
     it: on a CPU in float32, on one thread, its codes are those of the request alone, see `rows_to_run`. All a step
-    reads and writes lies in buffers that are made once; the weights are to stay where they are. On CUDA a step is
+    reads and writes lies in buffers that are made once; the weights are to stay as they are. On CUDA a step is
     captured for each bucket of rows and images whose requests share their filters.
 
     Args:

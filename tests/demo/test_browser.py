@@ -424,7 +424,7 @@ def test_phone_width(reconstructing):
         expect(reconstructing.locator(f"{view} .slider")).to_be_visible()
         assert reconstructing.evaluate("document.documentElement.scrollWidth") <= 360
         assert reconstructing.locator(f"{view} canvas").first.bounding_box()["width"] > 100
-    assert "tab=reconstruct" in reconstructing.url
+    expect(reconstructing).to_have_url(re.compile("tab=reconstruct"), timeout=PATIENCE)
 
 
 def test_a_bad_upload_is_answered_in_a_sentence(reconstructing, tmp_path):
@@ -443,7 +443,7 @@ def test_an_example_in_one_click_and_its_link(reconstructing, open_tab, page):
     wait_for_k(reconstructing, 24, VIEW)
     move_slider(reconstructing, 9, VIEW)
     expect(reconstructing).to_have_url(re.compile("[?&]k=9"))
-    assert "image=example%3Ashirt" in reconstructing.url
+    expect(reconstructing).to_have_url(re.compile("image=example%3Ashirt"), timeout=PATIENCE)
     other = open_tab(reconstructing.url.removeprefix(page.url))
     wait_for_k(other, 9, VIEW)  # the link knows the slider's place
     np.testing.assert_array_equal(pixels(other, 2, VIEW), pixels(reconstructing, 2, VIEW))
