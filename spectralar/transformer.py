@@ -22,7 +22,7 @@ from .layers import (
     by_columns,
     init_weights,
     linear,
-)  # fmt: skip
+)
 
 WIDEST_IN_ORDER = 256
 # The paper's model (310M parameters, 64 tokens, ImageNet-1K); the size is VAR-d16's (Tian et al., 2024).

@@ -32,7 +32,6 @@ MOST_WAITING = 128  # requests
 FRAMES_TOGETHER = 2  # times what gains from being decoded at once
 SECONDS_BETWEEN_SIGNS = 0.2  # of life, while there is no news
 
-
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 _at_exit = threading.Event()
 
@@ -138,8 +137,8 @@ class Engine:
     before all others. Frames are decoded in the order of how many a visitor has got.
 
     On a CPU in float32, with torch on one thread, codes are those of the request alone, to the bit (see
-    `transformer.sums_in_order`); on more threads and other devices up to rounding, which
-    gives another token where a random number falls between two sums.
+    `transformer.sums_in_order`); on more threads and other devices up to rounding, which gives another token where a
+    random number falls between two sums.
 
     Args:
         transformer, tokenizer: the models, on their device, in eval mode.

@@ -73,12 +73,15 @@ class EngineProcess:
         # Weights go by value: shared memory, torch's way between processes, is scarce in containers.
         arguments = theirs, pickle.dumps(self._models), torch.get_num_threads(), self._workers
         process = context.Process(target=_serve, args=arguments, name="sampling", daemon=True)
-        with self._lock, contextlib.suppress(OSError):  # if the system starts none now, it may later
+        try:
+            process.start()  # takes seconds, as it hands over the weights: not under the lock, requests go on here
+        except OSError:  # the system may start one later
             self._coming = False
-            process.start()
-            theirs.close()
-            self.process, self._connection = process, ours
-            threading.Thread(target=self._listen, args=(ours,), name="from sampling", daemon=True).start()
+            return
+        theirs.close()
+        with self._lock:
+            self.process, self._connection, self._coming = process, ours, False
+        threading.Thread(target=self._listen, args=(ours,), name="from sampling", daemon=True).start()
 
     def _listen(self, connection: Connection) -> None:
         """Hands out what comes, until the process has ended."""

@@ -165,6 +165,27 @@ def test_it_waits_until_the_first_requests_are_served(pipes):
     assert apart._coming and apart._connection is None
 
 
+def test_requests_do_not_wait_for_the_start(pipes, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def start(_):
+        begun.set()
+        go_on.wait()
+        raise OSError("no memory")
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", start)
+    apart = EngineProcess([(pipes[0].transformer, pipes[0].tokenizer)], delay=0)
+    visit = lambda: frames_of(apart.engines[0].sample(pipes[0].request(1)))  # noqa: E731
+    visit()
+    begun.wait(60)
+    thread = threading.Thread(target=visit, daemon=True)
+    thread.start()
+    thread.join(60)
+    waits = thread.is_alive()
+    go_on.set()
+    assert not waits
+
+
 def test_while_it_starts_and_where_it_cannot_requests_are_served_here(pipes, monkeypatch):
     pipe = pipes[0]
     alone = pipe(1, generator=seed(), output_type="latent").codes
