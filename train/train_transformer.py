@@ -143,8 +143,9 @@ def train(run: Run, config: Config) -> None:
         **asdict(config.transformer),
     )
     transformer = warm_start(run, transformer, stage.init_from)
-    if transformer.entry_maps is not None:
-        transformer.entry_maps.adopt(tokenizer.quantizer.codebook, tokenizer.shortcut)
+    if transformer.entry_maps is not None:  # of a trained transformer only the codebook is set: its maps have learnt
+        shortcut = None if stage.init_from else tokenizer.shortcut
+        transformer.entry_maps.adopt(tokenizer.quantizer.codebook, shortcut)
     if stage.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     model, optimizer = run.prepare(transformer)

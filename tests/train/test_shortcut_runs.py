@@ -102,10 +102,17 @@ def test_stage_2_listens_to_the_decoder_and_goes_on_exactly(scripts, preset, ref
     assert pipe.transformer.config.decoder_feedback
     pipe.set_progress_bar_config(disable=True)
     assert pipe(0, output_type="latent").codes.shape == (1, pipe.tokenizer.config.num_tokens)
+    # Trained on from the finished one, almost not at all: what it has learnt stays, the maps of codes with it.
+    shutil.copytree(reference / "tokenizer", tmp_path / "tokenizer")
+    start = [f"train_transformer.init_from={whole / 'pipeline/transformer'}", "train_transformer.lr=1e-9"]
+    code, text = scripts.run("train_transformer", [*argv[:-1], tmp_path, *start])
+    assert code == 0, text
+    further = SpectralARPipeline.from_pretrained(tmp_path / "pipeline").transformer
+    torch.testing.assert_close(further.state_dict(), pipe.transformer.state_dict(), rtol=1e-3, atol=1e-5)
     # Another decoder, the same codes: what has been learnt from the first is no beginning for it.
     tokenizer = SpectralTokenizer.from_pretrained(halves / "tokenizer", dtype=torch.float32)
     with torch.no_grad():
         tokenizer.to_pixels.bias.add_(1)
     tokenizer.save_pretrained(halves / "tokenizer")
-    code, text = scripts.run("train_transformer", [*argv[:-1], "train_transformer.steps=8"])
-    assert code != 0 and "tokenizer" in text.splitlines()[-1]
+    code, text = scripts.run("train_transformer", [*argv, "train_transformer.steps=8"])
+    assert code != 0 and "was trained with another tokenizer" in text.splitlines()[-1]
