@@ -139,13 +139,15 @@ def test_half_precision_goes_on_as_it_began(dtype):
     assert torch.equal(torch.stack([step.codes[:, -1] for step in pipe.stream([1, 2], generator=seed(5))], 1), codes)
 
 
-def test_autocast_around_a_run_changes_no_code():
+def test_autocast_around_a_run_changes_no_code_and_no_image():
     pipe = tiny_pipeline(tokenizer=SHORTCUT, transformer=LISTENS, dtype=torch.float32)
     expected = latents(pipe)
+    without = [step.images for step in pipe.stream([1, 2], generator=seed(5), output_type="pt")]
     with torch.autocast("cpu", torch.bfloat16):
         steps = list(pipe.stream([1, 2], generator=seed(5), output_type="pt"))  # frames are made before the next token
         assert torch.equal(latents(pipe), expected)
     assert torch.equal(steps[-1].codes, expected)
+    assert all(torch.equal(step.images, images) for step, images in zip(steps, without, strict=True))
 
 
 def test_an_image_is_the_same_alone_and_beside_others(pipe):

@@ -20,6 +20,7 @@ from spectralar.spectral import gaussian_psnr, nested_targets
 from tests.helpers import tiny_pipeline
 from train import evaluate as program
 from train.configs.reading import load_config
+from train.data.codes import shard_identity
 from train.data.images import load_images, to_float
 from train.data.variances import dct_variances
 from train.evaluate import main
@@ -203,8 +204,9 @@ def test_samples_have_the_classes_of_the_held_out_images(files, tmp_path):
             files, tmp_path / classes, f"data.source={tmp_path / 'images'}", "--classes", classes,
             "--guidance-scales", 1, "--samples", 21, "--temperature", 0.8,
         )  # fmt: skip
-        shards = [load_file(path)["labels"] for path in sorted((tmp_path / classes).rglob("guidance-1/*"))]
-        assert torch.cat(shards).bincount().tolist() == counts
+        shards = sorted((tmp_path / classes).rglob("guidance-1/*"))
+        assert {shard_identity(path)["temperature"] for path in shards} == {"0.8"}
+        assert torch.cat([load_file(path)["labels"] for path in shards]).bincount().tolist() == counts
         text = " ".join((tmp_path / classes / "report.md").read_text().split())
         assert {"heldout": "in the proportions of the held-out images", "even": "every class equally often"}[
             classes
