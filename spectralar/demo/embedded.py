@@ -28,7 +28,7 @@ EMBEDDED = {
     "products-64": Shown(
         ("handbag", "watch", "sports shoe", "backpack", "cap", "belt", "wallet", "shirt", "sunglasses"),
         "product photos on white and, in equal parts, natural photos of 200 classes",
-        guidance_scale=2.2,
+        guidance_scale=1.8,
         temperature=0.7,
     ),
     "fashion-mnist-32": Shown(
