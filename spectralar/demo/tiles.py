@@ -22,7 +22,8 @@ element.addEventListener('click', (event) => {
   if (tile) trigger('chosen', { class_id: Number(tile.dataset.id) });
 });
 """
-SEED = 8  # of which the embedded models have handsome samples
+SEED = 9  # of which the embedded models have handsome samples
+AT_ONCE = 2  # pictures: a visitor's own, which begin at the same time, come first
 
 
 def tiles(model: Model, elem_id: str) -> gr.HTML:
@@ -59,5 +60,5 @@ def samples(model: Model) -> dict[int, str]:
         _, images = model.last(class_id, 1, SEED, **model.sampling)
         return png_data_url(images[0])
 
-    with ThreadPoolExecutor(len(model.examples)) as pool:  # at once: the engine samples them as one batch
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         return dict(zip(model.examples, pool.map(sample, model.examples), strict=True))

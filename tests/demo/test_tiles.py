@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import time
 
 import gradio as gr
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from spectralar.demo.model import Model
-from spectralar.demo.tiles import SEED, markup, samples, tiles
+from spectralar.demo.tiles import AT_ONCE, SEED, markup, samples, tiles
 from spectralar.inference.engine import EngineBusyError
 from tests.demo.conftest import tiny_model
 from tests.helpers import tiny_pipeline
@@ -23,6 +24,23 @@ def test_a_tile_shows_the_first_image_of_its_class(model):
         image = np.asarray(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))))
         _, pixels = model.last(class_id, 4, SEED, guidance_scale=2.0)
         assert np.array_equal(image, pixels[0])
+
+
+def test_few_tiles_are_sampled_at_once():
+    """The pictures that a visitor waits for begin at the same time."""
+    model = tiny_model()
+    real, running, most = model.last, [], []
+
+    def last(class_id, *args, **kwargs):
+        running.append(class_id)
+        most.append(len(running))
+        time.sleep(0.05)  # others would begin meanwhile
+        running.remove(class_id)
+        return real(class_id, *args, **kwargs)
+
+    model.last = last
+    assert list(samples(model)) == model.examples and len(model.examples) > AT_ONCE
+    assert max(most) <= AT_ONCE
 
 
 def test_tiles_are_buttons_with_names_that_are_text(model):
