@@ -34,7 +34,7 @@ VIEWS = {  # width, height of what is shown at once, longest picture, theme
 # By tab: what is clicked for something to look at (a selector, and which of its matches), and what is there when that
 # is drawn. The page opens with the subject of the first tab.
 SUBJECTS = {
-    "generate": [(None, "#export-png:enabled")],
+    "generate": [(None, "#export-png:enabled"), (None, "#try img[src]")],
     "reconstruct": [(("#photo-examples button", 2), "#reconstructed .chart:nth-child(4) b:text('cannot')")],
     "bands": [
         (("#bands-try button", 0), "#figure-contributions svg"),
