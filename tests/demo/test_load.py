@@ -7,6 +7,7 @@ import pytest
 
 from tests.demo.conftest import served
 from tests.load.__main__ import report, unfairness, visit
+from tests.load.server import Use
 from tests.load.visitors import MIXED, Findings, Wait, check
 
 NUM_VISITORS = 4
@@ -47,3 +48,11 @@ def test_report_says_how_long_visitors_waited():
     lines = report(findings, [], 5.0)
     assert "2.00 a second, in 0.60 generations" in lines and "told that too many" in lines
     assert "first picture   p50 1.00 s, p95 3.70 s, longest 4.00 s" in lines
+
+
+@pytest.mark.parametrize("seconds, settled", [(1200, 120), (100, 50)])
+def test_memory_is_measured_from_when_the_page_has_settled(seconds, settled):
+    uses = [(float(t), Use(memory=t << 20, files=9, threads=5, temporary=0)) for t in range(seconds + 1)]
+    lines = report(Findings(), uses, float(seconds))
+    # The medians of the twenty seconds before.
+    assert f"memory      {settled - 10} MiB after {settled} s, {seconds - 10} at the end" in lines
