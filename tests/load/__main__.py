@@ -99,10 +99,10 @@ def report(findings: Findings, uses: list[tuple[float, Use]], seconds: float) ->
             lines.append(f"{name + ' picture':<15} p50 {p50:.2f} s, p95 {p95:.2f} s, longest {worst:.2f} s")
         lines.append(f"fairness    the visitor who waited longest: {unfairness(findings):.2f} of the mean of all")
     if uses:
-        settled = min(SETTLED, uses[-1][0] / 2)
-        before, after = (typical(uses, at) for at in (settled, uses[-1][0]))
+        start = min(SETTLED, uses[-1][0] / 2)
+        before, after = (typical(uses, at) for at in (start, uses[-1][0]))
         lines += [
-            f"memory      {before.memory / 2**20:.0f} MiB after {settled:.0f} s, {after.memory / 2**20:.0f} at the end "
+            f"memory      {before.memory / 2**20:.0f} MiB after {start:.0f} s, {after.memory / 2**20:.0f} at the end "
             f"({100 * (after.memory / before.memory - 1):+.1f} %), most {max(u.memory for _, u in uses) / 2**20:.0f}",
             f"open files  {before.files}, {after.files} at the end, most {max(u.files for _, u in uses)}",
             f"threads     {before.threads}, {after.threads} at the end, most {max(u.threads for _, u in uses)}",
