@@ -166,7 +166,7 @@ def run_stage(stage: Stage, threads: int, minutes: float) -> bool:
     if math.isfinite(minutes) and stage.module.startswith("train_"):
         limit = ["--max-minutes", f"{max(0, minutes):.2f}"]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    before = stage.product.stat().st_mtime_ns if stage.product.exists() else 0
+    before = _identity(stage.product)
     process = subprocess.Popen([sys.executable, "-m", f"train.{stage.module}", *stage.arguments, *limit],
                                env=environment)  # fmt: skip
     try:
@@ -180,7 +180,19 @@ def run_stage(stage: Stage, threads: int, minutes: float) -> bool:
         raise SystemExit(code if code > 0 else 128 - code)
     if stage.module == "encode_dataset":  # codes that are there already are kept
         return True
-    return stage.product.exists() and stage.product.stat().st_mtime_ns != before
+    return _identity(stage.product) not in (None, before)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from the one that it replaced; None if there is none.
+
+    The time alone does not: two files made within one tick of the file system's clock have the same. They are two
+    files, though, as a product is written beside the old one and then put in its place.
+    """
+    if not path.exists():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def run_all(args: argparse.Namespace, runs: dict[str, list[str]]) -> bool:

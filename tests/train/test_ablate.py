@@ -75,6 +75,14 @@ def test_a_command_is_done_when_its_product_is_new(python, tmp_path):
     assert stage.command == "python -m train.train_tokenizer preset 'key=a b'"
 
 
+def test_a_product_is_new_though_the_clock_has_not_moved(python, tmp_path):
+    product = tmp_path / "product"
+    stage = python("echo > $PRODUCT.partial; touch -d @1 $PRODUCT.partial; mv $PRODUCT.partial $PRODUCT", product)
+    assert run_stage(stage, 3, math.inf)
+    assert run_stage(stage, 3, 1.5)
+    assert product.stat().st_mtime == 1
+
+
 @pytest.mark.parametrize("script, code", [("exit 3", 3), ("kill -9 $$", 137)])
 def test_a_command_that_fails_ends_the_program_with_its_code(python, tmp_path, capsys, script, code):
     with pytest.raises(SystemExit) as ended:
