@@ -14,6 +14,7 @@ IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg",
 MAX_IMAGE_BYTES = 3_000_000
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)[^)]*\)")
+CODE_OR_FILE_LINK = re.compile(r"```.*?```|`[^`\n]*`|(?<!!)\[([^\]]*)\]\((?![a-z]+:|#)[^)]*\)", re.I | re.S)
 
 
 def model_folder(model: Model) -> Path | None:
@@ -53,7 +54,8 @@ def beside_the_bound(model: Model) -> str:
 def model_card(folder: Path | None) -> str | None:
     """The model card as Markdown, with the folder's own images in it as data URLs; None where there is no card.
 
-    Images from elsewhere are left out: the page asks no other host for anything.
+    Images from elsewhere are left out: the page asks no other host for anything. So are links to files, which lie
+    beside the card in a repository and not beside the page; their text stays.
     """
     if folder is None or not (folder / CARD).is_file():
         return None
@@ -68,4 +70,5 @@ def model_card(folder: Path | None) -> str | None:
         data = base64.b64encode(path.read_bytes()).decode("ascii")
         return f"![{alt}](data:{IMAGE_TYPES[path.suffix.lower()]};base64,{data})"
 
+    text = CODE_OR_FILE_LINK.sub(lambda match: match[0] if match[1] is None else match[1], text)
     return IMAGE.sub(embedded, text).strip()

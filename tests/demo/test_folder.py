@@ -1,10 +1,14 @@
+import re
+
 import pytest
 import torch
 from PIL import Image
 
 from spectralar.analysis.statistics import write_statistics
+from spectralar.demo.embedded import EMBEDDED
 from spectralar.demo.folder import model_card, model_folder, model_statistics
 from spectralar.demo.model import Model
+from spectralar.demo.start import MODELS
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +47,17 @@ def test_card_shows_the_folders_images_and_no_others(tmp_path):
     assert card.startswith("# Tiny") and "| 8 | 15.2 |" in card
     assert card.count("](") == 1 and "![A sheet](data:image/png;base64,iVBOR" in card
     assert "Up Text Badge" in card
+
+
+def test_card_links_to_addresses_and_to_no_files(tmp_path):
+    """The page does not have the files that lie beside a card in its repository."""
+    kept = "[paper](https://arxiv.org/abs/2506.10962), [below](#data), `call[0](1)`\n```python\ncalls[name](x)\n```\n"
+    lost = '[design](../../docs/design.md#cutoffs "title"), [sheet](samples.png) and [licence](/LICENSE)'
+    (tmp_path / "README.md").write_text(kept + lost)
+    assert model_card(tmp_path) == kept + "design, sheet and licence"
+
+
+def test_cards_of_embedded_models_have_no_link_that_leads_nowhere():
+    for name in EMBEDDED:
+        links = re.findall(r"\]\(([^)]*)\)", re.sub("```.*?```", "", model_card(MODELS / name), flags=re.DOTALL))
+        assert links and all(link.startswith(("https://", "data:image/", "#")) for link in links)
