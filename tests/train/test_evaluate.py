@@ -24,14 +24,11 @@ from train.data.codes import shard_identity
 from train.data.images import load_images, to_float
 from train.data.variances import dct_variances
 from train.evaluate import main
-from train.evaluation import pictures
-from train.evaluation import sample_bank as bank
+from train.evaluation import sample_bank
 from train.evaluation.classifier import Classifier, load_classifier, save_classifier
-from train.evaluation.judges import ClassifierJudge, Judged, compare
-from train.evaluation.metrics import frechet_distance, inception_score, manifold_metrics
+from train.evaluation.judges import ClassifierJudge, compare
+from train.evaluation.metrics import frechet_distance
 from train.evaluation.report import markdown
-from train.runs.engine import make_accelerator
-from train.runs.processes import Team
 
 CLASSES = ["bag", "boot", "shirt", "sneaker"]
 SAMPLES, MANY, SCALES = 22, 40, [1.0, 2.5]
@@ -109,7 +106,7 @@ def evaluated(files, tmp_path_factory):
         return judge
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(bank, "SHARD", 8)
+    patch.setattr(sample_bank, "SHARD", 8)
     patch.setattr(program, "make_judge", stand_in)
     results = evaluate(files, output, "--npz", "--judge", "classifier", "inception")
     patch.undo()
@@ -323,18 +320,6 @@ def test_a_second_judge_has_all_figures_that_it_can_give(evaluated):
     assert len(tables) == 2 and all("accuracy" not in table.split("![")[0] for table in tables)
 
 
-def test_neighbours_are_those_of_the_first_images_of_both_sets():
-    real, fake = (
-        Judged(torch.randn(n, 3), torch.randn(n, 2), torch.randn(n, 4).softmax(1), torch.zeros(n, 4)) for n in (30, 20)
-    )
-    result = compare(real, fake, torch.arange(20) % 4, manifold_images=12)
-    expected = manifold_metrics(real.features[:12], fake.features[:12])
-    assert {name: result[name] for name in expected} == expected
-    assert result["fd"] == frechet_distance(real.features, fake.features)  # of all
-    assert result["sfd"] == frechet_distance(real.spatial, fake.spatial)
-    assert result["inception_score"] == inception_score(fake.probabilities)
-
-
 def test_the_judge_sees_8_bits(truth):
     _, judge, splits = truth
     images = to_float(splits["eval"].images)
@@ -434,73 +419,6 @@ def test_sheets_show_the_first_samples_of_each_class(evaluated, truth):
     assert sheet.shape == (top + 4 * (side + gap), left + 5 * (side + gap))
     expected = out.images[0, ..., 0].repeat(4, axis=0).repeat(4, axis=1) * 255
     assert np.abs(tile - expected).max() < 2
-
-
-def test_few_images_of_many_classes_are_shown_too(files, tmp_path):
-    """Three of a hundred classes, none of them among the ten that would be shown if all were there."""
-    pipe = tiny_pipeline(dtype=torch.float32, id2label=None, transformer={"num_classes": 100})
-    images, labels = torch.zeros(3, 1, 16, 16, dtype=torch.uint8), torch.tensor([13, 77, 77])
-    (tmp_path / "figures").mkdir()
-    with torch.no_grad():
-        pictures.draw_reconstructions(pipe, tmp_path, images, labels, pipe.tokenizer.encode(to_float(images)), [1, 12])
-    assert Image.open(tmp_path / "figures" / "reconstructions.png").size == (100 + 3 * 68, 24 + 2 * 68)
-
-
-# ------------------------------------------------------------------------------------------- the sample bank
-
-
-@pytest.fixture
-def small_pipe(monkeypatch):
-    """A pipeline that counts the images it makes, and shards of 4."""
-    monkeypatch.setattr(bank, "SHARD", 4)
-    pipe, made = tiny_pipeline(dtype=torch.float32), []
-    call = SpectralARPipeline.__call__
-
-    def counting(self, labels, **arguments):
-        made.append(len(labels))
-        return call(self, labels, **arguments)
-
-    monkeypatch.setattr(SpectralARPipeline, "__call__", counting)
-    return pipe, made
-
-
-def fill(pipe, folder, samples, guidance_scale, seed, **options):
-    labels = torch.arange(samples) % 4
-    return bank.sample_bank(pipe, folder, labels, guidance_scale, seed, Team(make_accelerator()), **options)
-
-
-def test_bank_goes_on_where_it_was_and_keeps_what_it_has(small_pipe, tmp_path):
-    pipe, made = small_pipe
-    first = fill(pipe, tmp_path, 10, 2.0, seed=0)
-    assert made == [4, 4, 2]
-    again = fill(pipe, tmp_path, 10, 2.0, seed=0)
-    fewer = fill(pipe, tmp_path, 5, 2.0, seed=0)
-    assert made == [4, 4, 2]  # nothing more
-    more = fill(pipe, tmp_path, 13, 2.0, seed=0)
-    assert made == [4, 4, 2, 4, 1]  # the one that was not full, and the rest
-    assert torch.equal(first, again) and torch.equal(first[:5], fewer) and torch.equal(first, more[:10])
-
-
-def test_bank_replaces_what_is_damaged_or_of_another_model_or_seed(small_pipe, tmp_path):
-    pipe, made = small_pipe
-    first = fill(pipe, tmp_path, 8, 2.0, seed=0)
-    damaged = sorted(tmp_path.rglob("*.safetensors"))[1]
-    damaged.write_bytes(damaged.read_bytes()[:-9])
-    again = fill(pipe, tmp_path, 8, 2.0, seed=0)
-    assert made == [4, 4, 4] and torch.equal(first, again)
-    other = fill(pipe, tmp_path, 8, 2.0, seed=100)
-    assert len(made) == 5 and not torch.equal(first, other)
-    with torch.no_grad():
-        pipe.transformer.head.weight.neg_()
-    fill(pipe, tmp_path, 8, 2.0, seed=100)
-    assert len(made) == 7
-    fill(pipe, tmp_path, 8, 3.0, seed=100)
-    assert len(made) == 9
-    cold = fill(pipe, tmp_path, 8, 3.0, seed=100, temperature=0.5)
-    assert len(made) == 11
-    generators = [torch.Generator().manual_seed(100 + i) for i in range(8)]
-    arguments = {"guidance_scale": 3.0, "temperature": 0.5, "generator": generators, "output_type": "latent"}
-    assert torch.equal(cold, pipe(torch.arange(8) % 4, **arguments).codes)
 
 
 # ------------------------------------------------------------------------------------------- what is refused

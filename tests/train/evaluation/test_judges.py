@@ -16,10 +16,12 @@ from train.evaluation.judges import (
     InceptionJudge,
     Judged,
     LiteJudge,
+    compare,
     imagenet_indices,
     join,
     make_judge,
 )
+from train.evaluation.metrics import frechet_distance, inception_score, manifold_metrics
 from train.objectives.losses import load_efficientnet_lite
 
 CPU = torch.device("cpu")
@@ -174,3 +176,15 @@ def test_missing_packages_and_weights_are_named(monkeypatch, tmp_path):
         imagenet_indices(["goldfish"])
     with pytest.raises(ValueError, match="classifier, efficientnet-lite1, inception, got 'vgg'"):
         make_judge("vgg", **options)
+
+
+def test_neighbours_are_those_of_the_first_images_of_both_sets():
+    real, fake = (
+        Judged(torch.randn(n, 3), torch.randn(n, 2), torch.randn(n, 4).softmax(1), torch.zeros(n, 4)) for n in (30, 20)
+    )
+    result = compare(real, fake, torch.arange(20) % 4, manifold_images=12)
+    expected = manifold_metrics(real.features[:12], fake.features[:12])
+    assert {name: result[name] for name in expected} == expected
+    assert result["fd"] == frechet_distance(real.features, fake.features)  # of all
+    assert result["sfd"] == frechet_distance(real.spatial, fake.spatial)
+    assert result["inception_score"] == inception_score(fake.probabilities)

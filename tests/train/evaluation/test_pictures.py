@@ -1,4 +1,4 @@
-"""The sheet of all classes: one sample each, in the order of the ids."""
+"""The sheet of all classes, one sample each in the order of the ids; sheets of few images of many classes."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from tests.helpers import tiny_pipeline
+from train.data.images import to_float
 from train.data.order import in_proportion
 from train.evaluation import pictures
 from train.evaluation.pictures import CLASSES_A_ROW, ROWS, draw_samples
@@ -72,3 +73,13 @@ def test_rows_are_the_first_samples_of_their_class_in_any_proportions(tmp_path, 
     firsts = torch.stack([codes[labels == c][0] for c in (0, 3, 5)])
     torch.testing.assert_close(sheet[0, :3], pipe.tokenizer.decode(firsts), rtol=0, atol=1e-5)
     assert (sheet[0, 3:] == 1).all()
+
+
+def test_few_images_of_many_classes_are_shown_too(tmp_path):
+    """Three of a hundred classes, none of them among the ten that would be shown if all were there."""
+    pipe = tiny_pipeline(dtype=torch.float32, id2label=None, transformer={"num_classes": 100})
+    images, labels = torch.zeros(3, 1, 16, 16, dtype=torch.uint8), torch.tensor([13, 77, 77])
+    (tmp_path / "figures").mkdir()
+    with torch.no_grad():
+        pictures.draw_reconstructions(pipe, tmp_path, images, labels, pipe.tokenizer.encode(to_float(images)), [1, 12])
+    assert Image.open(tmp_path / "figures" / "reconstructions.png").size == (100 + 3 * 68, 24 + 2 * 68)
