@@ -21,12 +21,11 @@ from .cache import write_whole
 from .errors import one_sentence, user_error
 from .figures import FORMATS, chart_bytes, figure, listen_to_saves, shown, tables
 from .folder import beside_the_bound, cutoff_law, model_statistics
-from .generate import QUIET
 from .links import Link, Linked
 from .model import Model, on_gpu, to_pixels
 from .pictures import log_spectrum, own_gains, signed_map
 from .scrubber import StripEncoder, scrubber, scrubber_value
-from .source import Origins, Picture, opening_origin, sample_examples, source
+from .source import Origins, Picture, opening_origin, pick_script, sample_examples, source
 from .upload import PhotoInput
 
 TITLE = "Frequency bands"
@@ -233,8 +232,7 @@ def build(model: Model) -> Linked:
 
     options = {"concurrency_id": "tokenizer", "concurrency_limit": 2, "api_visibility": "private"}
     picture.listen(analyse, [view, held, *(figures[name] for name in own)], show_progress="hidden", **options)
-    examples.click(lambda i: tried[i], examples, picture.origin, **QUIET)
-    picture.choices.append(examples.click)
+    examples.click(None, examples, picture.origin, js=pick_script(tried))
     measure.click(
         draw_influence, None, figures["influence"], concurrency_id="influence", concurrency_limit=1,
         api_visibility="private", show_progress_on=measure,
@@ -255,7 +253,7 @@ def build(model: Model) -> Linked:
 
     def open_with_example(item: gr.Tab) -> None:
         outputs = [view, held, *(figures[name] for name in own)]
-        picture.open_with(item, "bands", held, opening, outputs, show_progress="hidden", **options)
+        picture.open_with(item, "bands", opening, outputs, show_progress="hidden", **options)
 
     return Linked([Link("bands", picture.origin)], [], open_with_example)
 

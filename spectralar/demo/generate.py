@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from .model import MAX_SEED, Model, Sampled
 from .runs import MAX_IMAGES, Run, Settings, stream
 from .scrubber import enable_buttons, scrubber
 from .tiles import tiles
+from .turns import ALWAYS, Turns
 
 TITLE = "Generate"
 # Visitors that are served at the same time: the engine lets them in. On ZeroGPU there is none.
@@ -85,13 +86,13 @@ def _controls(model: Model) -> dict[str, gr.components.Component]:
         tokens = gr.Slider(1, n, n, step=1, label="Tokens", info="Stop after this many", elem_id="num-tokens")
         prefix = gr.Textbox("", label="Fixed first tokens", info="Codes to start from", max_length=8 * n)
 
-    dice.click(new_seed, None, seed, **QUIET)
+    dice.click(None, None, seed, js=f"() => {NEW_SEED}")
     gr.on(
         [scale.change, schedule.change, tokens.change],
         lambda *values: guidance_plot(model, *values), [scale, schedule, tokens], curve,
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
-    label.input(lambda: "", None, prefix, **QUIET)  # fixed tokens belong to a picture, not to a class
+    label.input(None, None, prefix, js="() => ''")  # fixed tokens belong to a picture, not to a class
     return {
         "class": label, "count": count, "seed": seed, "guidance": scale, "schedule": schedule,
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "tokens": tokens, "prefix": prefix,
@@ -141,6 +142,10 @@ def new_seed() -> int:
     return random.randint(0, MAX_SEED)
 
 
+# The same in the browser: from the server it might come after the click that is to use it.
+NEW_SEED = f"Math.floor(Math.random() * {MAX_SEED + 1})"
+
+
 @dataclass
 class _Tab:
     """The tab's components, and what happens between them."""
@@ -154,6 +159,7 @@ class _Tab:
     fresh: gr.Button
     downloads: dict[str, gr.Button]
     run: gr.State
+    turns: gr.State = field(default_factory=lambda: gr.State(Turns()))
 
     def __post_init__(self) -> None:
         self.opening = cache(self._opening)
@@ -161,28 +167,24 @@ class _Tab:
     def listen(self, examples: gr.HTML) -> None:
         outputs = [self.view, self.run]
         options = {
-            "inputs": self.controls, "outputs": outputs, "concurrency_id": "sample", "concurrency_limit": SAMPLERS,
-            "show_progress": "hidden", "api_visibility": "private",
+            "concurrency_id": "sample", "concurrency_limit": SAMPLERS, "show_progress": "hidden",
+            "api_visibility": "private",
             "preprocess": False,  # `Settings` checks all values; Gradio would wait for a thread with each
         }  # fmt: skip
         label, _, seed, *_, prefix = self.controls
-        runs = [self.go.click(self.generate, **options)]
-        for trigger, change, inputs, changed in (
-            (self.same.click, self.settings_of, self.run, self.controls),
-            (self.fresh.click, new_seed, None, seed),
-            (self.view.action, self.more, self.run, self.controls),
-            (examples.chosen, self.example, None, [label, prefix]),
-        ):
-            runs.append(trigger(change, inputs, changed, **QUIET).success(self.generate, **options))
+        runs = [
+            event(handler, [self.turns, *inputs], [*outputs, *changed], **ALWAYS, **options)
+            for event, handler, inputs, changed in (
+                (self.go.click, self.generate, self.controls, []),
+                (self.same.click, self.again, [self.run], self.controls),
+                (self.fresh.click, self.afresh, self.controls, [seed]),
+                (self.view.action, self.more, [self.run], self.controls),
+                (examples.chosen, self.example, self.controls, [label, prefix]),
+            )
+        ]
         # The token that is being sampled is finished, no other begun; a visitor who leaves has the same effect.
         self.stop.click(self.stopped, self.run, outputs, cancels=runs, **QUIET)
-        gr.on(
-            None,
-            self.open,
-            None,
-            outputs,
-            **{key: options[key] for key in options if key not in ("inputs", "outputs")},
-        )
+        gr.on(None, self.prepare, None, None, **options).success(self.open, self.turns, outputs, **options)
 
     def listen_to_downloads(self, file: gr.DownloadButton) -> None:
         for name, button in self.downloads.items():
@@ -192,12 +194,42 @@ class _Tab:
             )  # fmt: skip
             written.success(None, js="() => document.querySelector('#export-file').click()")
 
-    def generate(self, *values: Any) -> Iterator[dict]:
+    def generate(
+        self, turns: Turns, *values: Any, new: Mapping[gr.components.Component, Any] | None = None
+    ) -> Iterator:
+        """A run with the controls' values, some of them `new`: the page is told these."""
+        new = new or {}
+        values = [new.get(control, value) for control, value in zip(self.controls, values, strict=True)]
+        yield from turns.shown(self._runs(values, new))
+
+    def again(self, turns: Turns, run: Run) -> Iterator[dict]:
+        values = self.settings_of(run)
+        yield from self.generate(turns, *values, new=dict(zip(self.controls, values, strict=True)))
+
+    def afresh(self, turns: Turns, *values: Any) -> Iterator[dict]:
+        _, _, seed, *_ = self.controls
+        yield from self.generate(turns, *values, new={seed: new_seed()})
+
+    def example(self, turns: Turns, event: gr.EventData, *values: Any) -> Iterator[dict]:
+        """A run of a class to try: without fixed tokens, which belong to another picture."""
+        label, *_, prefix = self.controls
+        yield from self.generate(turns, *values, new={label: self.model.label(int(event.class_id)), prefix: ""})
+
+    def more(self, turns: Turns, run: Run, event: gr.EventData) -> Iterator[dict]:
+        """Variations of one picture: its first k tokens, a new seed for the rest."""
+        image, k = int(event.image), int(event.k)
+        if not (0 <= image < len(run.codes) and 0 < k < run.settings.num_tokens):
+            raise user_error("All tokens of this image would be kept: move the slider to an earlier token first.")
+        label, count, _, *rest, _ = self.settings_of(run)
+        values = [label, count, new_seed(), *rest, " ".join(map(str, run.codes[image][:k]))]
+        yield from self.generate(turns, *values, new=dict(zip(self.controls, values, strict=True)))
+
+    def _runs(self, values: Sequence[Any], new: Mapping[gr.components.Component, Any]) -> Iterator[dict]:
         with one_sentence():
             settings = Settings.checked(self.model, *values)
         with closing(stream(self.model, settings)) as runs:
             for run in runs:
-                yield {self.view: run.snapshot()} | ({} if run.num_frames else {self.run: run})
+                yield {self.view: run.snapshot()} | ({} if run.num_frames else {self.run: run, **new})
             run.let_go()
 
     def stopped(self, run: Run | None) -> dict:
@@ -212,18 +244,6 @@ class _Tab:
         values["class_label"] = self.model.label(run.settings.class_label)
         return [values[field.name] for field in fields(Settings)]
 
-    def example(self, event: gr.EventData) -> tuple[int, str]:
-        """The controls' values for a class to try: the class, and no fixed tokens."""
-        return self.model.label(int(event.class_id)), ""
-
-    def more(self, run: Run, event: gr.EventData) -> list[Any]:
-        """The controls' values for variations of one picture: its first k tokens, a new seed for the rest."""
-        image, k = int(event.image), int(event.k)
-        if not (0 <= image < len(run.codes) and 0 < k < run.settings.num_tokens):
-            raise user_error("All tokens of this image would be kept: move the slider to an earlier token first.")
-        label, count, _, *rest, _ = self.settings_of(run)
-        return [label, count, new_seed(), *rest, " ".join(map(str, run.codes[image][:k]))]
-
     def _opening(self) -> Run:
         """What a visitor sees first: the default settings, sampled once for all visitors."""
         values = [control.value for control in self.controls]
@@ -231,12 +251,17 @@ class _Tab:
         run.value["play"] = True
         return run
 
-    def open(self, request: gr.Request) -> dict:
-        """The opening picture, unless the visitor's link asks for another one."""
-        if "seed" in request.query_params:
-            return {self.view: gr.skip()}  # an empty dict would count as a value for the first output
+    def open(self, turns: Turns, request: gr.Request) -> dict:
+        """The opening picture, unless the visitor's link or the visitor asks for another one."""
+        if turns.last or "seed" in request.query_params:
+            return gr.skip()
         run = self.opening()
         return {self.view: run.snapshot(), self.run: run}
+
+    def prepare(self, request: gr.Request) -> None:
+        """Samples the opening picture, if nobody has needed it before: meanwhile the visitor may ask for another."""
+        if "seed" not in request.query_params:
+            self.opening()
 
 
 # -------------------------------------------------------------------------------------------------- endpoints

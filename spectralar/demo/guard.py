@@ -15,6 +15,7 @@ from typing import Any
 import gradio as gr
 
 from .errors import user_error
+from .turns import one_at_a_time
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class GuardedBlocks(gr.Blocks):
 
     async def process_api(self, block_fn: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return await super().process_api(block_fn, *args, **kwargs)
+            async with one_at_a_time(block_fn, kwargs.get("state")):
+                return await super().process_api(block_fn, *args, **kwargs)
         except gr.Error as error:  # as above: one of Gradio's own may be of what an event came with
             error.print_exception = False
             raise

@@ -22,6 +22,7 @@ from .model import Model, to_pixels
 from .reconstruction import Reconstruction, scrubber_values
 from .scrubber import scrubber
 from .source import Origins, opening_origin, source
+from .turns import ALWAYS, Turns
 from .upload import PhotoInput, crop_figure
 
 TITLE = "Reconstruct"
@@ -29,6 +30,8 @@ MAX_DECODED = 1024  # images in one call of the endpoint
 # The tokenizer runs for a moment only, and on its own: nobody waits here for somebody else's samples.
 PRIVATE = {"api_visibility": "private", "concurrency_id": "tokenizer", "concurrency_limit": 2}
 QUIET = PRIVATE | {"show_progress": "hidden"}
+EDIT = QUIET | ALWAYS
+CHOICE = EDIT | {"concurrency_id": "choice", "concurrency_limit": 1}  # one after the other: the last click counts
 
 
 # -------------------------------------------------------------------------------------------------- layout
@@ -63,13 +66,14 @@ def build(model: Model) -> Linked:
     shown = gr.State(None)
     tab = _Tab(model, origins, view, shown, crop)
     picture.listen(tab.reconstruct, [view, shown, crop], show_progress_on=view, **PRIVATE)
-    put.click(tab.replace, [shown, token, code], [view, shown], **QUIET)
-    draw.click(tab.draw, [shown, token], [view, shown, code], **QUIET)
-    undo.click(tab.undo, shown, [view, shown], **QUIET)
-    view.token(tab.choose, shown, [token, code, edit], **QUIET)
+    turns = picture.turns
+    put.click(tab.replace, [turns, shown, token, code], [view, shown], **EDIT)
+    draw.click(tab.draw, [turns, shown, token], [view, shown, code], **EDIT)
+    undo.click(tab.undo, [turns, shown], [view, shown], **EDIT)
+    view.token(tab.choose, shown, [token, code, edit], **CHOICE)
 
     def open_with_example(item: gr.Tab) -> None:
-        picture.open_with(item, "image", shown, tab.opening, [view, shown, crop], **QUIET)
+        picture.open_with(item, "image", tab.opening, [view, shown, crop], **QUIET)
 
     return Linked([Link("image", picture.origin)], [], open_with_example)
 
@@ -105,24 +109,28 @@ class _Tab:
         for value in scrubber_values(self.model, shown):
             yield {self.view: value, self.shown: shown, self.crop: crop}
 
-    def replace(self, shown: Reconstruction | None, token: float | None, code: float | None) -> list[Any]:
+    def replace(
+        self, turns: Turns, shown: Reconstruction | None, token: float | None, code: float | None
+    ) -> list[Any]:
         """The reconstruction with one code replaced, compared with the one of the true codes."""
         if shown is None:
             raise user_error("Choose an image first.")
         with one_sentence():
             k = whole_number(token, "the token", 1, self.model.num_tokens)
             code = whole_number(code, "the code", 0, self.model.codebook_size - 1)
+        turns.begin()
         codes = [*shown.codes[: k - 1], code, *shown.codes[k:]]
         edited = Reconstruction(self.model, shown.image, codes, shown.unedited or shown)
         return [next(scrubber_values(self.model, edited)), edited]
 
-    def draw(self, shown: Reconstruction | None, token: float | None) -> list[Any]:
+    def draw(self, turns: Turns, shown: Reconstruction | None, token: float | None) -> list[Any]:
         code = random.randrange(self.model.codebook_size)
-        return [*self.replace(shown, token, code), code]
+        return [*self.replace(turns, shown, token, code), code]
 
-    def undo(self, shown: Reconstruction | None) -> list[Any]:
+    def undo(self, turns: Turns, shown: Reconstruction | None) -> list[Any]:
         if shown is None or shown.unedited is None:
             return [gr.skip(), gr.skip()]
+        turns.begin()
         *_, value = scrubber_values(self.model, shown.unedited)
         return [value | {"keep_place": True}, shown.unedited]
 

@@ -17,13 +17,14 @@ from .cache import PictureOutput
 from .errors import number, one_sentence, user_error, whole_number
 from .export import sheet
 from .figures import figure, listen_to_saves, shown
-from .generate import QUIET, SAMPLERS, new_seed
+from .generate import NEW_SEED, QUIET, SAMPLERS
 from .links import Link, Linked, from_query
 from .mixing import VARIATIONS, Continuation, continuations, exchange, exchange_value, strip_chart
 from .model import MAX_SEED, Model, Sampled, on_gpu
 from .runs import MAX_IMAGES, SECONDS_A_MESSAGE, SECONDS_WITHOUT_NEWS
 from .scrubber import scrubber
-from .source import Origins, Picture, Source, source
+from .source import Origins, Picture, Source, pick_script, source
+from .turns import ALWAYS, Turns
 from .upload import PhotoInput
 
 TITLE = "Remix"
@@ -102,7 +103,7 @@ def _sampling_controls(model: Model) -> tuple[gr.Dropdown, gr.Number, gr.Slider]
             0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, elem_id="remix-seed"
         )  # fmt: skip
         dice = gr.Button("Random", size="sm", scale=0, min_width=76)
-    dice.click(new_seed, None, seed, **QUIET)
+    dice.click(None, None, seed, js=f"() => {NEW_SEED}")
     return label, seed, gr.Slider(0, 10, model.guidance_scale, step=0.1, label="Guidance")
 
 
@@ -122,6 +123,7 @@ class _Tab:
     go: gr.Button
     stop: gr.Button
     run: gr.State  # the `Continuation` that is under way
+    turns: gr.State = field(default_factory=lambda: gr.State(Turns()))
     mixed: gr.State = field(default_factory=lambda: gr.State(None))  # the codes that the strip shows
 
     def __post_init__(self) -> None:
@@ -139,28 +141,27 @@ class _Tab:
             "api_visibility": "private",
         }  # fmt: skip
         settings = [link.component for link in links]
-        inputs = [*(source.photo for source in self.sources), *settings]
-        runs = [
-            self.go.click(self.remix, inputs, **options),
-            thumbnails.click(lambda i: examples[i], thumbnails, settings[:4], **QUIET).success(
-                self.remix, inputs, **options
-            ),
-        ]
+        inputs = [self.turns, *(source.photo for source in self.sources), *settings]
+        chosen = thumbnails.click(None, thumbnails, settings[:4], js=pick_script(examples))
+        runs = [event(self.remix, inputs, **ALWAYS, **options) for event in (self.go.click, chosen.success)]
         self.stop.click(self.stopped, self.run, outputs, cancels=runs, **QUIET)
 
-        def open_link(request: gr.Request) -> Iterator[dict]:
+        def open_link(turns: Turns, request: gr.Request) -> Iterator[dict]:
             """What the visitor's link asks for, if it names its pictures."""
             query = request.query_params
             if query.get("tab") == "remix" and query.get("a") and (query.get("b") or query.get("then") == MODEL):
                 values = [from_query(component, query.get(name, "")) for name, component in links]
                 values = [link.component.value if v is None else v for link, v in zip(links, values, strict=True)]
-                yield from self.remix(None, None, *values)
+                yield from self.remix(turns, None, None, *values)
             else:
-                yield {self.view: gr.skip()}
+                yield gr.skip()
 
-        gr.on(None, open_link, None, **options)
+        gr.on(None, open_link, self.turns, **options)
 
-    def remix(self, photo_a: Any, photo_b: Any, origin_a: str, origin_b: str, mode: str, *sampling: Any) -> Iterator:
+    def remix(self, turns: Turns, *inputs: Any) -> Iterator[dict]:
+        yield from turns.shown(self._remix(*inputs))
+
+    def _remix(self, photo_a: Any, photo_b: Any, origin_a: str, origin_b: str, mode: str, *sampling: Any) -> Iterator:
         with one_sentence():
             a = self.origins.picture(origin_a, photo_a, "image A")
             if mode == TAIL:
@@ -168,7 +169,7 @@ class _Tab:
         if mode == TAIL:
             codes, images = exchange(self.model, a, b)
             value = exchange_value(self.model, a, b, images)
-            yield {self.view: value, self.strip: shown(strip_chart(codes, images)), self.mixed: codes}
+            yield {self.view: value, self.strip: shown(strip_chart(codes, images)), self.mixed: codes} | self.idle()
         else:
             yield from self.continue_as(a, *sampling)
 
@@ -207,17 +208,20 @@ class _Tab:
             self.view: run.snapshot(),
             self.strip: None if codes is None else shown(run.chart()),
             self.mixed: codes,
-            self.run: run if busy else None,
-            self.go: gr.Button(interactive=not busy),
-            self.stop: gr.Button(interactive=busy),
-        }
+        } | (self.busy(run) if busy else self.idle())
+
+    def busy(self, run: Continuation) -> dict:
+        return {self.run: run, self.go: gr.Button(interactive=False), self.stop: gr.Button(interactive=True)}
+
+    def idle(self) -> dict:
+        return {self.run: None, self.go: gr.Button(interactive=True), self.stop: gr.Button(interactive=False)}
 
     def charts_of(self, codes: list[list[int]]) -> dict[str, Chart]:
         return {"remix": strip_chart(codes, self.model.decode(codes, [self.model.num_tokens])[:, 0])}
 
     def stopped(self, run: Continuation | None) -> dict:
         if run is None:
-            return {self.go: gr.Button(interactive=True), self.stop: gr.Button(interactive=False)}
+            return self.idle()
         run.finish(stopped=True)
         return self.show(run)
 

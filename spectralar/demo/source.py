@@ -6,7 +6,8 @@ or nothing, for an image that the visitor has sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from ..interface.image import to_model_input
 from .errors import one_sentence
-from .generate import QUIET, new_seed
+from .generate import NEW_SEED
 from .model import MAX_SEED, Model, on_gpu, to_pixels
+from .turns import ALWAYS, Turns
 from .upload import PhotoInput, open_photo
 
 KEPT_SAMPLES = 64
@@ -129,35 +131,45 @@ class Source:
     origin: gr.Textbox
     named: gr.events.Dependency  # after which the photo shows the origin
     sent: gr.events.Dependency  # after which the photo is the visitor's own, and the origin empty
-    choices: list[Callable]  # events by which a visitor chooses; a link sets the origin without any
+    turns: gr.State  # of what shows the picture
 
     def open_with(
-        self, item: gr.Tab, link: str, shown: gr.State, handler: Callable[[], dict], outputs: list[Any], **options: Any
+        self, item: gr.Tab, link: str, handler: Callable[[], dict], outputs: list[Any], **options: Any
     ) -> None:
-        """Shows `handler()` when the tab is opened and there is nothing in it, unless the address names an image.
+        """Shows `handler()` when the tab is opened for the first time, unless the address names an image.
 
-        The image input stays free for the visitor's own. Whatever the visitor chooses meanwhile comes before it.
+        `handler` keeps its result. The image input stays free for the visitor's own, and whatever the visitor chooses
+        comes before this.
         """
 
-        def open_tab(held: Any, request: gr.Request) -> dict:
-            if held is not None or link in request.query_params:
-                return {outputs[0]: gr.skip()}
-            return handler()
+        def prepare(request: gr.Request) -> None:
+            if link not in request.query_params:
+                handler()
 
-        opening = item.select(open_tab, shown, outputs, **options)
-        gr.on(self.choices, None, cancels=[opening])
+        def show(turns: Turns, request: gr.Request) -> dict:
+            return gr.skip() if turns.last or link in request.query_params else handler()
 
-    def listen(self, handler: Callable[..., Iterator[dict]], outputs: list[Any], **options: Any) -> None:
+        item.select(prepare, None, None, **options).success(show, self.turns, outputs, **options)
+
+    def listen(self, handler: Callable[..., Generator], outputs: list[Any], **options: Any) -> None:
         """Calls a generator `handler(origin, photo)` whenever there is another picture, or none."""
 
-        def unless_empty(origin: str, photo: Image.Image | None) -> Iterator[dict]:
+        def show_origin(turns: Turns, origin: str) -> Iterator[dict]:
             if origin:
-                yield from handler(origin, photo)
+                yield from turns.shown(handler(origin, None))
             else:  # the visitor has sent a photo, and `sent` tells of it
-                yield {outputs[0]: gr.skip()}
+                yield gr.skip()
 
-        self.named.success(unless_empty, [self.origin, self.photo], outputs, **options)
-        self.sent.success(handler, [self.origin, self.photo], outputs, **options)
+        def show_photo(turns: Turns, photo: Image.Image | None) -> Iterator[dict]:
+            yield from turns.shown(handler("", photo))
+
+        self.named.success(show_origin, [self.turns, self.origin], outputs, **ALWAYS, **options)
+        self.sent.success(show_photo, [self.turns, self.photo], outputs, **ALWAYS, **options)
+
+
+def pick_script(values: Sequence[Any]) -> str:
+    """JavaScript that gives the value of a `gr.Dataset`'s sample at once: asking the server may come too late."""
+    return f"(i) => {json.dumps(values)}[i]"
 
 
 def _thumbnail(path: Path) -> Image.Image:
@@ -175,7 +187,6 @@ def source(origins: Origins, label: str, elem_id: str, *, height: int = 200, exa
         elem_id=elem_id, placeholder="Drop an image, paste one, or click to choose",
     )  # fmt: skip
     origin = gr.Textbox("", label=f"{label}: origin", visible="hidden")
-    choices = [photo.input, photo.clear]
     if origins.examples:
         thumbnails = gr.Dataset(
             components=[gr.Image(render=False, visible=False)], type="index", label="Examples",
@@ -183,8 +194,7 @@ def source(origins: Origins, label: str, elem_id: str, *, height: int = 200, exa
             samples_per_page=len(origins.examples), elem_id=f"{elem_id}-examples",
         )  # fmt: skip
         keys = [f"example:{name}" for name in origins.examples]
-        thumbnails.click(lambda i: keys[i], thumbnails, origin, **QUIET)
-        choices.append(thumbnails.click)
+        thumbnails.click(None, thumbnails, origin, js=pick_script(keys))
     with gr.Row(elem_classes="tight"):
         classes = gr.Dropdown(
             list(zip(names, range(len(names)), strict=True)), value=ids[example % len(ids)], label="or a sample of",
@@ -196,12 +206,17 @@ def source(origins: Origins, label: str, elem_id: str, *, height: int = 200, exa
         if not name:
             return gr.skip()
         with one_sentence():
-            return origins.preview(name)
+            return origins.preview(name), name
 
-    draw.click(lambda chosen: f"sample:{chosen}:{new_seed()}", classes, origin, **QUIET)
+    draw.click(None, classes, origin, js=f"(chosen) => `sample:${{chosen}}:${{{NEW_SEED}}}`")
+    # Of a sample it takes a while, in which the visitor may send a photo: it must not take the photo's place.
+    made, made_of = PhotoInput(visible=False), gr.Textbox(visible=False)
     shown = origin.change(
-        preview, origin, photo, concurrency_id="tokenizer", api_visibility="private", show_progress="hidden"
+        preview, origin, [made, made_of], concurrency_id="tokenizer", api_visibility="private", show_progress="hidden"
+    ).success(
+        None, [origin, made_of, made, photo], photo,
+        js="(origin, of, made, photo) => origin && origin === of ? made : photo",
     )  # fmt: skip
     # Emptied before the tab is told, so that it never takes a new photo for the picture of the origin before it.
-    sent = gr.on([photo.input, photo.clear], lambda: "", None, origin, **QUIET)
-    return Source(photo, origin, shown, sent, [*choices, draw.click])
+    sent = gr.on([photo.input, photo.clear], None, None, origin, js="() => ''")
+    return Source(photo, origin, shown, sent, gr.State(Turns()))

@@ -7,14 +7,18 @@ import time
 from dataclasses import dataclass, field
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from gradio import networking
+from PIL import Image
+from playwright.sync_api import sync_playwright
 
 from spectralar.demo.model import Model
 from spectralar.demo.page import build, launch_options
 from spectralar.demo.runs import SECONDS_A_MESSAGE
 from spectralar.inference import streaming
+from tests.demo.browsing import PATIENCE
 from tests.helpers import tiny_pipeline
 
 
@@ -81,3 +85,59 @@ def served(model, **options):
         demo.close()
         model.pipe.transformer.step = step
         streaming.MASK_TOKENS_AT_ONCE = at_once
+
+
+# -------------------------------------------------------------------------------------------------- browser
+# For a module with a fixture `page`, what `served` gives.
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def problems():
+    """What pages report as errors, and requests to other hosts."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def open_tab(browser, page, problems):
+    contexts = []
+
+    def open_tab(query="", width=1280, height=900, **options):
+        context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True, **options)
+        tab = context.new_page()
+        tab.set_default_timeout(PATIENCE)
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        tab.on("request", lambda r: None if r.url.startswith((page.url, "data:", "blob:")) else problems.append(r.url))
+        tab.goto(page.url + query)
+        contexts.append(context)
+        return tab
+
+    yield open_tab
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def no_problems(page, problems):
+    """For tests in which pages must report no error, and ask no other host."""
+    page.allow()
+    problems.clear()
+    yield
+    page.allow()
+    assert not problems
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    y, x = np.mgrid[:60, :80]
+    path = tmp_path_factory.mktemp("photos") / "photo.png"
+    Image.fromarray(np.stack([x * 3, y * 4, 255 - x * 3], -1).astype(np.uint8)).save(path)
+    return path

@@ -1,19 +1,17 @@
 """The page in a real browser."""
 
-import base64
-import io
 import re
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
+from tests.demo.browsing import PATIENCE, VIEW, k_of, move_slider, pixels, wait_for_codecs, wait_for_k, wait_until
 from tests.demo.conftest import served, tiny_model
 
-VIEW = "#reconstructed"
-PATIENCE = 120_000  # ms; a busy machine is slow, and waiting costs nothing where it is not
+pytestmark = pytest.mark.usefixtures("no_problems")
 
 
 @pytest.fixture(scope="module")
@@ -21,49 +19,6 @@ def page():
     # 16 x 16 in colour, 24 tokens: some of them open no band.
     with served(tiny_model(3, 16, num_tokens=24, codebook_size=64)) as page:
         yield page
-
-
-@pytest.fixture(scope="module")
-def browser(chromium):
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def problems():
-    """What pages report as errors, and requests to other hosts."""
-    return []
-
-
-@pytest.fixture(scope="module")
-def open_tab(browser, page, problems):
-    contexts = []
-
-    def open_tab(query="", width=1280, height=900, **options):
-        context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True, **options)
-        tab = context.new_page()
-        tab.set_default_timeout(PATIENCE)
-        tab.on("pageerror", lambda error: problems.append(str(error)))
-        tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        tab.on("request", lambda r: None if r.url.startswith((page.url, "data:", "blob:")) else problems.append(r.url))
-        tab.goto(page.url + query)
-        contexts.append(context)
-        return tab
-
-    yield open_tab
-    for context in contexts:
-        context.close()
-
-
-@pytest.fixture(autouse=True)
-def no_problems(page, problems):
-    page.allow()
-    problems.clear()
-    yield
-    page.allow()
-    assert not problems
 
 
 @pytest.fixture(scope="module")
@@ -83,47 +38,12 @@ def reconstructing(generating, photo):
     return generating
 
 
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory):
-    y, x = np.mgrid[:60, :80]
-    path = tmp_path_factory.mktemp("photos") / "photo.png"
-    Image.fromarray(np.stack([x * 3, y * 4, 255 - x * 3], -1).astype(np.uint8)).save(path)
-    return path
-
-
 # -------------------------------------------------------------------------------------------------- helpers
-
-
-def k_of(tab, view="#generated"):
-    """Prefix length shown, 0 before there is one."""
-    text = tab.locator(f"{view} [data-read=k]").inner_text()
-    return int(text.split()[0]) if text[0].isdigit() else 0
-
-
-def wait_for_k(tab, k, view="#generated"):
-    expect(tab.locator(f"{view} [data-read=k]")).to_have_text(re.compile(rf"^{k} "), timeout=PATIENCE)
 
 
 def wait_until_done(tab):
     expect(tab.locator("#stop")).to_be_disabled(timeout=PATIENCE)
     expect(tab.locator("#export-png")).to_be_enabled(timeout=PATIENCE)
-
-
-def pixels(tab, index=0, view="#generated"):
-    """A picture as it stands on its canvas: (H, H, 3)."""
-    url = tab.locator(f"{view} canvas").nth(index).evaluate("node => node.toDataURL('image/png')")
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
-
-
-def wait_for_codecs(tab):
-    """Until the last of the charts of Reconstruct is complete."""
-    expect(tab.locator("#reconstructed .chart").nth(3)).to_contain_text("cannot go this low", timeout=PATIENCE)
-
-
-def move_slider(tab, k, view="#generated"):
-    tab.locator(f"{view} .slider").evaluate(
-        "(node, k) => { node.value = k; node.dispatchEvent(new Event('input', { bubbles: true })); }", k
-    )
 
 
 def fill(tab, **settings):
@@ -147,14 +67,6 @@ def run(tab, page, button):
     expect(tab.locator("#stop")).to_be_enabled(timeout=PATIENCE)
     page.allow()
     wait_until_done(tab)
-
-
-def wait_until(condition):
-    """For what the browser does in the background, such as decoding new frames."""
-    deadline = time.monotonic() + PATIENCE / 1000
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # -------------------------------------------------------------------------------------------------- Generate

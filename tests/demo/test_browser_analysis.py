@@ -1,6 +1,5 @@
 """The Frequency bands, Remix and Model tabs in a real browser."""
 
-import base64
 import csv
 import io
 import re
@@ -8,12 +7,12 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from spectralar.demo.source import Origins
+from tests.demo.browsing import PATIENCE, move_slider, pixels, wait_for_k
 from tests.demo.conftest import served, tiny_model
 
-PATIENCE = 120_000  # ms; a busy machine is slow, and waiting costs nothing where it is not
 N = 12
 NO_IMAGE = "This file is not an image that can be read: please send JPEG"
 
@@ -25,39 +24,14 @@ def page():
 
 
 @pytest.fixture(scope="module")
-def problems():
-    """What the page reports as errors, and requests to other hosts."""
-    return []
-
-
-@pytest.fixture(scope="module")
-def tab(chromium, page, problems):
+def tab(open_tab):
     """The page, opened once and wandered through: loading it is what takes long."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        tab = browser.new_page(viewport={"width": 1280, "height": 900})
-        tab.set_default_timeout(PATIENCE)
-        tab.on("pageerror", lambda error: problems.append(str(error)))
-        tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        tab.on("request", lambda r: None if r.url.startswith((page.url, "data:", "blob:")) else problems.append(r.url))
-        tab.goto(page.url + "?tab=bands")
-        yield tab
-        browser.close()
+    return open_tab("?tab=bands")
 
 
 @pytest.fixture(autouse=True)
-def no_problems(tab, page, problems):
+def desktop(tab, no_problems):
     tab.set_viewport_size({"width": 1280, "height": 900})
-    problems.clear()
-    yield
-    page.allow()
-    assert not problems
-
-
-@pytest.fixture
-def photo(tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
 
 
 @pytest.fixture
@@ -70,25 +44,8 @@ def go_to(tab, title):
     tab.get_by_role("tab", name=title).click()
 
 
-def wait_for_k(tab, k, view):
-    expect(tab.locator(f"{view} [data-read=k]")).to_have_text(re.compile(rf"^{k} "), timeout=PATIENCE)
-
-
 def wait_for_figure(tab, elem_id):
     expect(tab.locator(f"#{elem_id} svg text").first).to_be_visible(timeout=PATIENCE)
-
-
-def move_slider(tab, k, view):
-    tab.locator(f"{view} .slider").evaluate(
-        "(node, k) => { node.value = k; node.dispatchEvent(new Event('input', { bubbles: true })); }", k
-    )
-    wait_for_k(tab, k, view)
-
-
-def pixels(tab, index, view):
-    """A picture as it stands on its canvas: (H, H) of a grey model."""
-    url = tab.locator(f"{view} canvas").nth(index).evaluate("node => node.toDataURL('image/png')")
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("L"))
 
 
 def scrubbed(tab, view, lengths, index=0):
@@ -108,7 +65,8 @@ def scrubbed(tab, view, lengths, index=0):
     shown = {}
     for k in lengths:
         move_slider(tab, k, view)
-        shown[k] = pixels(tab, index, view).astype(int)
+        wait_for_k(tab, k, view)
+        shown[k] = pixels(tab, index, view, "L").astype(int)
     tab.wait_for_timeout(200)
     tab.remove_listener("request", count)
     assert requests == []
@@ -126,13 +84,13 @@ def saved(tab, elem_id, name):
 
 def test_bands_of_a_sample_in_one_click(tab, page):
     wait_for_k(tab, N, "#bands-view")  # the example that the tab opens with
-    example = pixels(tab, 0, "#bands-view")
+    example = pixels(tab, 0, "#bands-view", "L")
     tab.locator("#bands-try button", has_text="Bag").click()
     expect(tab).to_have_url(re.compile("bands=sample"), timeout=PATIENCE)
     picture = Origins(page.model).picture("sample:2:0", None)
     frames = page.model.decode([picture.codes], list(range(1, N + 1)))[0]
     for _ in range(PATIENCE // 200):  # until the sample stands where the example was
-        if not np.array_equal(pixels(tab, 0, "#bands-view"), example):
+        if not np.array_equal(pixels(tab, 0, "#bands-view", "L"), example):
             break
         tab.wait_for_timeout(200)
     wait_for_figure(tab, "figure-contributions")
@@ -162,14 +120,14 @@ def test_influence(tab):
 
 
 def test_a_photo_takes_the_place_of_the_sample(tab, page, photo):
-    before = pixels(tab, 0, "#bands-view")
+    before = pixels(tab, 0, "#bands-view", "L")
     tab.locator("#bands-image").get_by_label("Remove Image").click()
     expect(tab.locator("#bands-view canvas")).to_have_count(0, timeout=PATIENCE)
     tab.locator("#bands-image input[type=file]").set_input_files(photo)
     wait_for_figure(tab, "figure-contributions")
     wait_for_k(tab, N, "#bands-view")
     assert "bands=" not in tab.url  # a link cannot carry it
-    assert not np.array_equal(pixels(tab, 0, "#bands-view"), before)
+    assert not np.array_equal(pixels(tab, 0, "#bands-view", "L"), before)
     codes = page.model.pipe.encode(Image.open(photo)).tolist()
     shown = scrubbed(tab, "#bands-view", [12], index=1)[12]
     np.testing.assert_allclose(shown, page.model.decode(codes, [12])[0, 0], atol=1)

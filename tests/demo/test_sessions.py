@@ -10,12 +10,13 @@ from matplotlib.figure import Figure
 
 from spectralar.demo.model import Model
 from spectralar.demo.page import build
+from spectralar.demo.turns import Turns
 
-HANDLERS = {
-    "generate._Tab.generate": (0, 2, 7, 2.0, "constant", 1.0, 0, 1.0, 20, ""),
-    "reconstruct._Tab.reconstruct": ("example:cat", None),
-    "bands.build.<locals>.analyse": ("sample:1:3", None),
-    "remix._Tab.remix": (None, None, "sample:1:3", "sample:2:3", "tail", 0, 0, 2.0),
+HANDLERS = {  # by the view that is filled: a function's name, and what it takes besides its turn
+    "generated": ("generate", (0, 2, 7, 2.0, "constant", 1.0, 0, 1.0, 20, "")),
+    "reconstructed": ("show_origin", ("example:cat",)),
+    "bands-view": ("show_origin", ("sample:1:3",)),
+    "remixed": ("remix", (None, None, "sample:1:3", "sample:2:3", "tail", 0, 0, 2.0)),
 }
 
 
@@ -24,15 +25,17 @@ def demo(colour_model):
     return build(colour_model)
 
 
-def kept(demo, handler, inputs):
+def kept(demo, view):
     """Values of the session's states when a handler of the page has come to its end."""
-    functions = [f.fn for f in demo.fns.values() if hasattr(f.fn, "__qualname__")]
-    named = {f"{function.__module__}.{function.__qualname__}": function for function in functions}
+    name, inputs = HANDLERS[view]
+    shows = (f for f in demo.fns.values() if view in [component.elem_id for component in f.outputs])
+    handler = next(f.fn for f in shows if f.name == name)
     states = {}
-    for news in named[f"spectralar.demo.{handler}"](*inputs):
+    for news in handler(Turns(), *inputs):
         states |= {component: value for component, value in news.items() if isinstance(component, gr.State)}
-    assert states and None not in states.values()
-    return list(states.values())
+    values = [value for value in states.values() if value is not None]
+    assert values
+    return values
 
 
 def parts(thing, found):
@@ -44,10 +47,10 @@ def parts(thing, found):
     return found.values()
 
 
-@pytest.mark.parametrize("handler", HANDLERS)
-def test_a_session_keeps_no_frames_and_no_figures(demo, handler):
+@pytest.mark.parametrize("view", HANDLERS)
+def test_a_session_keeps_no_frames_and_no_figures(demo, view):
     image = 3 * 24 * 24
-    for value in parts(kept(demo, handler, HANDLERS[handler]), {}):
+    for value in parts(kept(demo, view), {}):
         assert not isinstance(value, Figure)
         if isinstance(value, torch.Tensor | np.ndarray):
             assert np.prod(value.shape) <= image

@@ -23,7 +23,7 @@ from spectralar.demo.runs import Settings
 from spectralar.demo.source import EXAMPLE_FILES, Origins
 from spectralar.interface.image import to_model_input
 
-from .wire import FULL, Page, RefusedError, Session, result_of
+from .wire import FULL, STATE, Page, RefusedError, Session, result_of
 
 STREAM = httpx.Timeout(60, read=600)  # a stream is quiet while its visitor waits for a turn
 # What a visitor does next, and how often of a hundred times.
@@ -142,7 +142,8 @@ class Visitor:
             The event's id where it was left before its end.
         """
         settings, begin, first = self.rng.choice(self.settings), time.monotonic(), 0.0
-        event_id = await self.session.join(self.page.click("generate"), as_inputs(self.model, settings))
+        inputs = [STATE, *as_inputs(self.model, settings)]
+        event_id = await self.session.join(self.page.click("generate"), inputs)
         async with self.session.events() as events:
             async for event in events:
                 now = time.monotonic() - begin
@@ -188,7 +189,7 @@ class Visitor:
         """The page itself, and the picture that it opens with."""
         answer = await self.client.get(self.url)
         answer.raise_for_status()
-        await self._result(self.page.updating("generated"), [])
+        await self._result(self.page.updating("generated"), [STATE])
 
     async def reconstruct(self) -> None:
         """An example through the endpoint, with the download of the result: many visitors ask for the same."""
@@ -207,14 +208,14 @@ class Visitor:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
         photo = await self.session.upload("photo.png", buffer.getvalue())
-        value = (await self._result(self.page.updating("reconstructed", "photo"), ["", photo]))[0]
+        value = (await self._result(self.page.updating("reconstructed", "photo"), [STATE, photo]))[0]
         if len(value["frames"]) != self.model.num_tokens or value["busy"]:
             self.findings.wrong.append("reconstruction of a photo: frames are missing")
 
     async def remix(self) -> None:
         """Two samples, the first tokens of one and the others of the other."""
         a, b = (f"sample:{self.rng.randrange(len(self.model.class_names))}:{self.rng.randrange(9)}" for _ in "ab")
-        value = (await self._result(self.page.click("remix"), [None, None, a, b, "tail", 0, 0, 2.0]))[0]
+        value = (await self._result(self.page.click("remix"), [STATE, None, None, a, b, "tail", 0, 0, 2.0]))[0]
         if len(value["frames"]) != self.model.num_tokens:
             self.findings.wrong.append("remix: frames are missing")
 

@@ -20,10 +20,14 @@ class RefusedError(Exception):
     """What the page says instead of a result: one sentence."""
 
 
+STATE = None  # among what a function takes: the page keeps the value itself
+
+
 class Page:
     """What of the page's configuration a browser uses to know what calls what."""
 
     def __init__(self, config: dict[str, Any]) -> None:
+        self.states = {c["id"] for c in config["components"] if c["type"] == "state"}
         self.components = {c["props"].get("elem_id"): c["id"] for c in config["components"]}
         self.functions: list[dict[str, Any]] = config["dependencies"]
 
@@ -37,10 +41,10 @@ class Page:
         return next(f["id"] for f in self.functions if target in [list(t) for t in f["targets"]] and f["backend_fn"])
 
     def updating(self, shown: str, taken: str | None = None) -> int:
-        """Id of the last function in a queue that shows its result in one component and takes another, or nothing."""
-        wanted = [self.components[taken]] if taken else []
+        """Id of the last function in a queue that shows its result in one component and takes another, or none."""
+        wanted = {self.components[taken]} if taken else set()
         shows = [f for f in self.functions if self.components[shown] in f["outputs"] and f["queue"] is not False]
-        return [f["id"] for f in shows if f["inputs"][-1:] == wanted][-1]
+        return [f["id"] for f in shows if set(f["inputs"]) - self.states == wanted][-1]
 
     @staticmethod
     def _only(found: Iterator[dict[str, Any]]) -> int:

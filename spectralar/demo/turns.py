@@ -1,0 +1,56 @@
+"""A visitor may ask for something else before there is an answer. Then the last request counts, whichever ends first.
+
+Gradio alone drops a click while an earlier one of the same kind is answered, and lets clicks of different kinds
+overwrite each other's results. So what fills a view is called with `ALWAYS`, and takes a state of `Turns` first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator
+from contextlib import AbstractAsyncContextManager, closing, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+from gradio.block_function import BlockFunction
+from gradio.state_holder import SessionState
+
+ALWAYS = {"trigger_mode": "multiple"}  # Gradio's default "once" drops what is asked for while it answers
+
+
+@dataclass
+class Turns:
+    """Of one visitor and one view: how many requests have begun. Each step of one keeps the others out."""
+
+    last: int = 0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Turns:  # which makes a session's state of the first value
+        return Turns(self.last)
+
+    def begin(self) -> int:
+        """Begins a request: what began before it ends unseen. Returns its number."""
+        self.last += 1
+        return self.last
+
+    def shown(self, values: Generator[Any, None, None]) -> Generator[Any, None, None]:
+        """What a handler yields, until something else begins. It is closed then, and lets go of the model."""
+        number = self.begin()
+        with closing(values):
+            for value in values:
+                yield value
+                if self.last != number:
+                    break
+            else:
+                return
+        yield gr.skip()  # Gradio sends what came last once more
+
+
+def one_at_a_time(function: BlockFunction | int, state: SessionState | None) -> AbstractAsyncContextManager:
+    """For one step of a function: waits for those of the same visitor and view, in the order in which they came."""
+    if state is not None and isinstance(function, BlockFunction):
+        for component in function.inputs:
+            if isinstance(component, gr.State) and isinstance(component.value, Turns):
+                return state[component._id].lock
+    return nullcontext()

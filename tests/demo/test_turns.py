@@ -1,0 +1,141 @@
+"""Of several requests the last counts, whichever is answered first."""
+
+import asyncio
+import copy
+import threading
+import time
+
+import gradio as gr
+import pytest
+from gradio.state_holder import SessionState
+
+from spectralar.demo.guard import GuardedBlocks
+from spectralar.demo.turns import Turns, one_at_a_time
+
+
+def counting(closed, count=3):
+    try:
+        yield from range(count)
+    finally:
+        closed.append(True)
+
+
+def test_a_request_alone_is_answered_as_it_is():
+    turns, closed = Turns(), []
+    assert list(turns.shown(counting(closed))) == [0, 1, 2]
+    assert closed == [True]
+
+
+def test_an_older_request_ends_when_a_newer_one_begins():
+    turns, closed = Turns(), []
+    older, newer = turns.shown(counting(closed)), turns.shown(counting([]))
+    assert next(older) == 0 and next(newer) == 0 and not closed
+    assert list(older) == [gr.skip()] and closed  # nothing of it stands in the last message, and its model is free
+    assert list(newer) == [1, 2]
+
+
+def test_an_edit_ends_what_is_shown():
+    turns = Turns()
+    shown = turns.shown(counting([]))
+    next(shown)
+    turns.begin()
+    assert list(shown) == [gr.skip()]
+
+
+def test_who_leaves_closes_the_handler():
+    turns, closed = Turns(), []
+    shown = turns.shown(counting(closed))
+    next(shown)
+    shown.close()
+    assert closed
+
+
+def test_a_failure_is_passed_on_and_ends_nothing_else():
+    def failing():
+        yield 1
+        raise ValueError("broken")
+
+    turns = Turns()
+    with pytest.raises(ValueError, match="broken"):
+        list(turns.shown(failing()))
+    assert list(turns.shown(counting([]))) == [0, 1, 2]
+
+
+def test_visitors_do_not_end_each_others():
+    turns = Turns()
+    other = copy.deepcopy(turns)  # as Gradio makes a session's state
+    assert other.lock is not turns.lock
+    first = turns.shown(counting([]))
+    assert next(first) == 0
+    assert list(other.shown(counting([]))) == [0, 1, 2]
+    assert list(first) == [1, 2]
+
+
+# -------------------------------------------------------------------------------------------------- in the page
+
+
+@pytest.fixture
+def page():
+    """Blocks with functions that take turns, a function that does not, and what they did."""
+    done, go_on = [], threading.Event()
+
+    def slow(turns, name):
+        done.append(f"{name} begins")
+        assert go_on.wait(60)
+        done.append(f"{name} ends")
+        return name
+
+    with GuardedBlocks() as blocks:
+        turns, text, result = gr.State(Turns()), gr.Textbox(), gr.Textbox()
+        text.input(slow, [turns, text], result)
+        text.change(slow, [turns, text], result)
+        text.submit(lambda name: done.append(name), text)
+    return blocks, done, go_on
+
+
+def test_requests_of_a_visitor_wait_for_each_other_in_their_order(page):
+    blocks, done, go_on = page
+    first, second, other = blocks.fns.values()
+    session, another_session = SessionState(blocks), SessionState(blocks)
+
+    async def ask():
+        calls = [(first, "a", session), (second, "b", session), (first, "c", session)]
+        asked = [asyncio.create_task(blocks.process_api(f, [None, name], state=s)) for f, name, s in calls]
+        while not done:
+            await asyncio.sleep(0.01)
+        await blocks.process_api(other, ["no turn"], state=session)
+        asked.append(asyncio.create_task(blocks.process_api(first, [None, "d"], state=another_session)))
+        while len(done) < 3:
+            await asyncio.sleep(0.01)
+        go_on.set()
+        return [(await answer)["data"] for answer in asked]
+
+    assert asyncio.run(ask()) == [["a"], ["b"], ["c"], ["d"]]
+    assert done[:3] == ["a begins", "no turn", "d begins"]
+    assert [line for line in done if line[0] in "abc"] == [
+        f"{name} {does}" for name in "abc" for does in ("begins", "ends")
+    ]
+
+
+def test_a_request_that_is_cancelled_lets_the_next_one_in(page):
+    blocks, done, go_on = page
+    first, *_ = blocks.fns.values()
+    session = SessionState(blocks)
+
+    async def ask():
+        asked = asyncio.create_task(blocks.process_api(first, [None, "a"], state=session))
+        while not done:
+            await asyncio.sleep(0.01)
+        asked.cancel()
+        threading.Thread(target=lambda: (time.sleep(0.1), go_on.set())).start()
+        return await blocks.process_api(first, [None, "b"], state=session)
+
+    assert asyncio.run(ask())["data"] == ["b"]
+
+
+def test_without_a_session_nobody_waits(page):
+    blocks, *_ = page
+    first, _, other = blocks.fns.values()
+    for function, state in ((first, None), (other, SessionState(blocks)), (0, SessionState(blocks))):
+        assert not isinstance(one_at_a_time(function, state), asyncio.Lock)
+    assert isinstance(one_at_a_time(first, SessionState(blocks)), asyncio.Lock)
