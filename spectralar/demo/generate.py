@@ -228,8 +228,8 @@ class _Tab:
         with one_sentence():
             settings = Settings.checked(self.model, *values)
         with closing(stream(self.model, settings)) as runs:
-            for run in runs:
-                yield {self.view: run.snapshot()} | ({} if run.num_frames else {self.run: run, **new})
+            for i, run in enumerate(runs):
+                yield {self.view: run.snapshot()} | ({} if i else {self.run: run, **new})
             run.let_go()
 
     def stopped(self, run: Run | None) -> dict:

@@ -28,7 +28,7 @@ from .wire import FULL, STATE, Page, RefusedError, Session, result_of
 STREAM = httpx.Timeout(60, read=600)  # a stream is quiet while its visitor waits for a turn
 # What a visitor does next, and how often of a hundred times.
 MIXED = {
-    "generate": 45, "stop": 10, "leave": 10, "reconstruct": 12, "upload": 10, "remix": 5, "endpoint": 5, "open": 3,
+    "generate": 40, "hurry": 5, "stop": 10, "leave": 10, "reconstruct": 12, "upload": 10, "remix": 5, "endpoint": 5, "open": 3,
 }  # fmt: skip
 SETTINGS = 40  # different pictures that are asked for; each is sampled once more afterwards, alone
 
@@ -156,6 +156,22 @@ class Visitor:
                     self.findings.waits.append(Wait(self.number, settings.count, first or now, now))
                     self._compare(settings, value)
                     return None
+        raise RefusedError("the stream ended before the picture was there")
+
+    async def hurry(self) -> None:
+        """Generate, and again with other settings before an answer: what is asked for last must be shown whole."""
+        asked = self.rng.sample(self.settings, 2)
+        function, answers = self.page.click("generate"), {}
+        ids = [await self.session.join(function, [STATE, *as_inputs(self.model, settings)]) for settings in asked]
+        async with self.session.events() as events:
+            async for event in events:
+                for event_id, settings in zip(ids, asked, strict=True):
+                    if event.ends(event_id):
+                        answers[event_id] = result_of(event)[0]
+                        if event_id == ids[1] or "frames" in answers[event_id]:  # the first may have been faster
+                            self._compare(settings, answers[event_id])
+                if len(answers) == len(ids):
+                    return
         raise RefusedError("the stream ended before the picture was there")
 
     def _compare(self, settings: Settings, value: dict[str, Any]) -> None:
