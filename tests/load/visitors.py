@@ -28,7 +28,8 @@ from .wire import FULL, STATE, Page, RefusedError, Session, result_of
 STREAM = httpx.Timeout(60, read=600)  # a stream is quiet while its visitor waits for a turn
 # What a visitor does next, and how often of a hundred times.
 MIXED = {
-    "generate": 40, "hurry": 5, "stop": 10, "leave": 10, "reconstruct": 12, "upload": 10, "remix": 5, "endpoint": 5, "open": 3,
+    "generate": 40, "hurry": 5, "stop": 10, "leave": 10, "reconstruct": 12, "upload": 10, "remix": 5, "endpoint": 5,
+    "open": 3,
 }  # fmt: skip
 SETTINGS = 40  # different pictures that are asked for; each is sampled once more afterwards, alone
 
