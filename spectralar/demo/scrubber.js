@@ -85,7 +85,7 @@ function empty() {
 }
 
 function begin(before, arrived) {
-  const keep = value.keep_place && before;
+  const keep = value.keep_place && before && !before.busy && k > 0; // a run that was not shown whole has no place
   stop();
   received = 0;
   if (!keep) k = 0;

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Generator
 from contextlib import AbstractAsyncContextManager, closing, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import gradio as gr
@@ -38,7 +39,7 @@ class Turns:
         """What a handler yields, until something else begins. It is closed then, and lets go of the model."""
         number = self.begin()
         with closing(values):
-            for value in values:
+            for value in chain([gr.skip()], values):  # nothing is computed for who is not the last of those who wait
                 yield value
                 if self.last != number:
                     break

@@ -256,6 +256,7 @@ def test_another_class_while_one_is_sampled(tab, page):
 
 
 def test_classes_chosen_in_haste(tab, slow):
+    tab.get_by_role("tab", name="Generate").click()
     with slow(tab):
         for name in ("T-shirt", "Bag", "Ankle boot", "Sneaker"):
             tab.locator("#try button", has_text=name).click()
@@ -284,4 +285,5 @@ def test_another_pair_while_one_is_remixed(tab, page):
     expect(tab.locator("#remix")).to_be_enabled(timeout=PATIENCE)
     expect(tab.locator("#remix-stop")).to_be_disabled(timeout=PATIENCE)
     expect(tab.locator("#remixed canvas")).to_have_count(exchanged, timeout=PATIENCE)
+    wait_for_k(tab, 12, "#remixed")  # also if nothing was shown of the pair before
     expect(tab.locator("#remixed .row").first).not_to_have_attribute("aria-label", "Variations", timeout=PATIENCE)

@@ -22,22 +22,35 @@ def counting(closed, count=3):
 
 def test_a_request_alone_is_answered_as_it_is():
     turns, closed = Turns(), []
-    assert list(turns.shown(counting(closed))) == [0, 1, 2]
+    assert list(turns.shown(counting(closed))) == [gr.skip(), 0, 1, 2]
     assert closed == [True]
 
 
 def test_an_older_request_ends_when_a_newer_one_begins():
     turns, closed = Turns(), []
     older, newer = turns.shown(counting(closed)), turns.shown(counting([]))
-    assert next(older) == 0 and next(newer) == 0 and not closed
+    assert [next(older), next(older)] == [gr.skip(), 0]
+    assert next(newer) == gr.skip() and not closed
     assert list(older) == [gr.skip()] and closed  # nothing of it stands in the last message, and its model is free
-    assert list(newer) == [1, 2]
+    assert list(newer) == [0, 1, 2]
+
+
+def test_nothing_is_computed_for_who_waited_and_is_not_the_last():
+    def costly():
+        raise AssertionError
+        yield
+
+    turns = Turns()
+    older, newer = turns.shown(costly()), turns.shown(counting([]))
+    assert next(older) == next(newer) == gr.skip()
+    assert list(older) == [gr.skip()]
+    assert list(newer) == [0, 1, 2]
 
 
 def test_an_edit_ends_what_is_shown():
     turns = Turns()
     shown = turns.shown(counting([]))
-    next(shown)
+    assert [next(shown), next(shown)] == [gr.skip(), 0]
     turns.begin()
     assert list(shown) == [gr.skip()]
 
@@ -45,7 +58,7 @@ def test_an_edit_ends_what_is_shown():
 def test_who_leaves_closes_the_handler():
     turns, closed = Turns(), []
     shown = turns.shown(counting(closed))
-    next(shown)
+    assert [next(shown), next(shown)] == [gr.skip(), 0]
     shown.close()
     assert closed
 
@@ -58,7 +71,7 @@ def test_a_failure_is_passed_on_and_ends_nothing_else():
     turns = Turns()
     with pytest.raises(ValueError, match="broken"):
         list(turns.shown(failing()))
-    assert list(turns.shown(counting([]))) == [0, 1, 2]
+    assert list(turns.shown(counting([]))) == [gr.skip(), 0, 1, 2]
 
 
 def test_visitors_do_not_end_each_others():
@@ -66,9 +79,9 @@ def test_visitors_do_not_end_each_others():
     other = copy.deepcopy(turns)  # as Gradio makes a session's state
     assert other.lock is not turns.lock
     first = turns.shown(counting([]))
-    assert next(first) == 0
-    assert list(other.shown(counting([]))) == [0, 1, 2]
-    assert list(first) == [1, 2]
+    assert next(first) == gr.skip()
+    assert list(other.shown(counting([]))) == [gr.skip(), 0, 1, 2]
+    assert list(first) == [0, 1, 2]
 
 
 # -------------------------------------------------------------------------------------------------- in the page
