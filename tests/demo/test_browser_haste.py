@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import re
 import threading
+from itertools import chain, repeat
 
 import gradio as gr
 import numpy as np
 import pytest
+from fastapi.dependencies import utils as dependencies
 from playwright.sync_api import expect
 
 from spectralar.demo import reconstruction
@@ -265,6 +267,25 @@ def test_classes_chosen_in_haste(tab, slow):
     wait_for_k(tab, 24)
     expect(tab.locator("#stop")).to_be_disabled(timeout=PATIENCE)
     expect(tab).to_have_url(re.compile("class=1&"), timeout=PATIENCE)
+
+
+def test_requests_do_not_overtake_each_other(tab, monkeypatch):
+    """Where Gradio's server leaves a request to a thread, the earlier ones come back later."""
+    in_a_thread, seconds = dependencies.run_in_threadpool, chain((1.5, 1.0, 0.5), repeat(0))
+
+    async def late(*args, **kwargs):
+        await asyncio.sleep(next(seconds))
+        return await in_a_thread(*args, **kwargs)
+
+    tab.get_by_role("tab", name="Generate").click()
+    monkeypatch.setattr(dependencies, "run_in_threadpool", late)
+    for name in ("T-shirt", "Bag"):
+        with tab.expect_request("**/queue/join*", timeout=PATIENCE):
+            tab.locator("#try button", has_text=name).click()
+    wait_for_k(tab, 24)
+    tab.wait_for_timeout(2000)
+    shows(tab, "#generated", "Bag")
+    expect(tab).to_have_url(re.compile("class=2&"), timeout=PATIENCE)
 
 
 def test_another_pair_while_one_is_remixed(tab, page):
