@@ -134,8 +134,10 @@ class _Tab:
         *_, value = scrubber_values(self.model, shown.unedited)
         return [value | {"keep_place": True}, shown.unedited]
 
-    def choose(self, shown: Reconstruction, event: gr.EventData) -> list[Any]:
+    def choose(self, shown: Reconstruction | None, event: gr.EventData) -> list[Any]:
         """The token a visitor has clicked, its code, and the controls that replace it."""
+        if shown is None:  # it has been taken away meanwhile
+            raise user_error("Choose an image first.")
         with one_sentence():
             k = whole_number(event.k, "the token", 1, self.model.num_tokens)
         return [k, shown.codes[k - 1], gr.Accordion(open=True)]

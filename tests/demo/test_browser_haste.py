@@ -90,6 +90,8 @@ def original(tab):
 
 def send(tab, photo, others):
     """Sends a photo, and waits until it is shown; returns how the view shows it."""
+    take_away(tab)
+    expect(tab.locator(f"{VIEW} canvas")).to_have_count(0, timeout=PATIENCE)  # or it may be the photo before
     begin_to_send(tab, photo)
     known = [*others, np.zeros(0)]
     wait_until(lambda: not any(np.array_equal(original(tab), image) for image in known))
@@ -97,10 +99,15 @@ def send(tab, photo, others):
     return original(tab)
 
 
-def begin_to_send(tab, photo):
+def take_away(tab):
     remove = tab.get_by_label("Remove Image")
     if remove.count():
         remove.click()
+        expect(remove).to_have_count(0, timeout=PATIENCE)
+
+
+def begin_to_send(tab, photo):
+    take_away(tab)
     tab.locator("#photo input[type=file]").set_input_files(photo)
 
 
@@ -167,7 +174,7 @@ def test_an_own_photo_after_an_example(tab, slow, originals, own_photo, photo, o
 def test_an_example_after_an_own_photo(tab, slow, originals, own_photo, photo, only):
     with slow(tab, *only):
         begin_to_send(tab, photo)
-        tab.wait_for_timeout(300)
+        expect(tab.locator("#photo img").first).to_have_attribute("src", re.compile("photo.png"), timeout=PATIENCE)
         example(tab, 2).click()
     settles(tab, originals[2])
     assert "photo.png" not in tab.locator("#photo img").first.get_attribute("src")
