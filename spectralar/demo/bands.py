@@ -25,7 +25,7 @@ from .links import Link, Linked
 from .model import Model, on_gpu, to_pixels
 from .pictures import log_spectrum, own_gains, signed_map
 from .scrubber import StripEncoder, scrubber, scrubber_value
-from .source import Origins, Picture, opening_origin, pick_script, sample_examples, source
+from .source import TOKENIZER, Origins, Picture, opening_origin, pick_script, sample_examples, source
 from .upload import PhotoInput
 
 TITLE = "Frequency bands"
@@ -230,7 +230,7 @@ def build(model: Model) -> Linked:
             yield gr.skip()  # only here can a visitor leave
         yield shown(influence.charts["influence"])
 
-    options = {"concurrency_id": "tokenizer", "concurrency_limit": 2, "api_visibility": "private"}
+    options = {**TOKENIZER, "api_visibility": "private"}
     picture.listen(analyse, [view, held, *(figures[name] for name in own)], show_progress="hidden", **options)
     examples.click(None, examples, picture.origin, js=pick_script(tried))
     measure.click(
@@ -302,13 +302,12 @@ def _add_endpoints(model: Model, influence: Influence) -> None:
         return tables(influence.charts) | {"marginals": influence.marginals}
 
     names = list(FIGURES)[:-1]
-    options = {"concurrency_id": "tokenizer", "concurrency_limit": 2}
     with gr.Group(visible=False):
         image, numbers, output = PhotoInput(label="image"), gr.JSON(label="numbers"), gr.File(label="file")
         name = gr.Dropdown(names, value=names[0], label="figure", info=", ".join(names))
         file_format = gr.Dropdown(list(FORMATS), value="png", label="file_format", info=", ".join(FORMATS))
-        gr.Button(visible=False).click(bands, image, numbers, api_name="bands", **options)
+        gr.Button(visible=False).click(bands, image, numbers, api_name="bands", **TOKENIZER)
         gr.Button(visible=False).click(
-            band_figure, [image, name, file_format], output, api_name="band_figure", **options
+            band_figure, [image, name, file_format], output, api_name="band_figure", **TOKENIZER
         )  # fmt: skip
     gr.api(measure_influence, api_name="influence", concurrency_id="influence", concurrency_limit=1)

@@ -21,14 +21,13 @@ from .links import Link, Linked
 from .model import Model, to_pixels
 from .reconstruction import Reconstruction, scrubber_values
 from .scrubber import scrubber
-from .source import Origins, opening_origin, source
+from .source import TOKENIZER, Origins, opening_origin, source
 from .turns import ALWAYS, Turns
 from .upload import PhotoInput, crop_figure
 
 TITLE = "Reconstruct"
 MAX_DECODED = 1024  # images in one call of the endpoint
-# The tokenizer runs for a moment only, and on its own: nobody waits here for somebody else's samples.
-PRIVATE = {"api_visibility": "private", "concurrency_id": "tokenizer", "concurrency_limit": 2}
+PRIVATE = {"api_visibility": "private", **TOKENIZER}
 QUIET = PRIVATE | {"show_progress": "hidden"}
 EDIT = QUIET | ALWAYS
 CHOICE = EDIT | {"concurrency_id": "choice", "concurrency_limit": 1}  # one after the other: the last click counts
@@ -199,6 +198,6 @@ def _add_endpoints(model: Model) -> None:
         output, numbers = PictureOutput(label="reconstruction", format="png"), gr.JSON(label="numbers")
         gr.Button(visible=False).click(
             reconstruct, [image, num_tokens], [output, numbers], api_name="reconstruct",
-            concurrency_id="tokenizer", concurrency_limit=2,
+            **TOKENIZER,
         )  # fmt: skip
-    gr.api(decode, api_name="decode", concurrency_id="tokenizer", concurrency_limit=2)
+    gr.api(decode, api_name="decode", **TOKENIZER)

@@ -23,7 +23,7 @@ from .mixing import VARIATIONS, Continuation, continuations, exchange, exchange_
 from .model import MAX_SEED, Model, Sampled, on_gpu
 from .runs import MAX_IMAGES, SECONDS_A_MESSAGE, SECONDS_WITHOUT_NEWS
 from .scrubber import scrubber
-from .source import Origins, Picture, Source, pick_script, source
+from .source import TOKENIZER, Origins, Picture, Source, pick_script, source
 from .turns import ALWAYS, Turns
 from .upload import PhotoInput
 
@@ -292,7 +292,7 @@ def _add_endpoints(model: Model) -> None:
         outputs = [PictureOutput(label="picture", format="png"), gr.JSON(label="numbers")]
         tokens = gr.Number(n // 2, label="num_tokens")
         gr.Button(visible=False).click(
-            mix, [a, b, tokens], outputs, api_name="mix", concurrency_id="tokenizer", concurrency_limit=2
+            mix, [a, b, tokens], outputs, api_name="mix", **TOKENIZER
         )  # fmt: skip
         label = gr.Textbox(model.class_names[model.examples[0]], label="class_label")
         count, seed = gr.Number(VARIATIONS, label="count"), gr.Number(0, label="seed")

@@ -26,6 +26,8 @@ from .turns import ALWAYS, Turns
 from .upload import PhotoInput, open_photo
 
 KEPT_SAMPLES = 64
+# The tokenizer runs for a moment only, and on its own: nobody waits here for somebody else's samples.
+TOKENIZER = {"concurrency_id": "tokenizer", "concurrency_limit": 2}
 PREVIEW_SIDE = 256
 THUMBNAIL_SIDE = 128
 NUM_SAMPLE_EXAMPLES = 4
@@ -212,7 +214,8 @@ def source(origins: Origins, label: str, elem_id: str, *, height: int = 200, exa
     # Of a sample it takes a while, in which the visitor may send a photo: it must not take the photo's place.
     made, made_of = PhotoInput(visible=False), gr.Textbox(visible=False)
     shown = origin.change(
-        preview, origin, [made, made_of], concurrency_id="tokenizer", api_visibility="private", show_progress="hidden"
+        preview, origin, [made, made_of], concurrency_id="preview", concurrency_limit=2, api_visibility="private",
+        show_progress="hidden",
     ).success(
         None, [origin, made_of, made, photo], photo,
         js="(origin, of, made, photo) => origin && origin === of ? made : photo",

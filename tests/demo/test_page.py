@@ -15,7 +15,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from spectralar.analysis.quality import psnr
-from spectralar.demo.page import TABS, launch_options
+from spectralar.demo.page import TABS, build, launch_options
 from spectralar.interface.image import to_model_input
 from tests.demo.conftest import served
 
@@ -135,6 +135,15 @@ def test_endpoints_are_named_typed_and_documented(client):
     rows = dict(re.findall(r"^\| `(/\w+)` \| ([^|]*) \|", page, flags=re.MULTILINE))
     listed = {name: re.findall(r"`(\w+)`", row) for name, row in rows.items()}
     assert listed == {name: [p["parameter_name"] for p in e["parameters"]] for name, e in endpoints.items()}
+
+
+def test_functions_of_one_queue_have_one_limit(model):
+    """Gradio takes the least of them for all: a function without any would make it 1."""
+    limits = {}
+    for function in build(model).fns.values():
+        limits.setdefault(function.concurrency_id, set()).add(function.concurrency_limit)
+    assert all(len(each) == 1 for each in limits.values()), limits
+    assert {"sample", "tokenizer", "preview"} <= limits.keys()
 
 
 def test_nothing_is_stored_watched_or_fetched_from_elsewhere(page):
