@@ -61,8 +61,10 @@ class GuardedBlocks(gr.Blocks):
 
 def check_logins_in_order(app: FastAPI) -> None:
     """Gradio has a thread look at who sent a request; on a busy machine a later click comes out of it first."""
-    config = next(route for route in app.routes if isinstance(route, APIRoute) and route.path == "/config")
-    check = config.dependencies[0].dependency  # the same for all routes
+    config = (route for route in app.routes if isinstance(route, APIRoute) and route.path == "/config")
+    check = next((each.dependency for route in config for each in route.dependencies), None)  # that of all routes
+    if check is None or inspect.iscoroutinefunction(check):  # as another version of Gradio may have it
+        return
 
     async def check_at_once(**given: Any) -> None:
         check(**given)
