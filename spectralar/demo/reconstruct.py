@@ -111,7 +111,12 @@ class _Tab:
     def replace(
         self, turns: Turns, shown: Reconstruction | None, token: float | None, code: float | None
     ) -> list[Any]:
-        """The reconstruction with one code replaced, compared with the one of the true codes."""
+        """The reconstruction with one code replaced, compared with the one of the true codes.
+
+        Nothing, if another image has begun to take the place of the one that the visitor sees.
+        """
+        if turns.coming:
+            return [gr.skip(), gr.skip()]
         if shown is None:
             raise user_error("Choose an image first.")
         with one_sentence():
@@ -124,10 +129,10 @@ class _Tab:
 
     def draw(self, turns: Turns, shown: Reconstruction | None, token: float | None) -> list[Any]:
         code = random.randrange(self.model.codebook_size)
-        return [*self.replace(turns, shown, token, code), code]
+        return [*self.replace(turns, shown, token, code), gr.skip() if turns.coming else code]
 
     def undo(self, turns: Turns, shown: Reconstruction | None) -> list[Any]:
-        if shown is None or shown.unedited is None:
+        if turns.coming or shown is None or shown.unedited is None:
             return [gr.skip(), gr.skip()]
         turns.begin()
         *_, value = scrubber_values(self.model, shown.unedited)

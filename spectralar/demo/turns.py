@@ -25,6 +25,7 @@ class Turns:
     """Of one visitor and one view: how many requests have begun. Each step of one keeps the others out."""
 
     last: int = 0
+    coming: int = 0  # the request that has begun to fill the view and has nothing to show yet; 0 is none
     lock: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Turns:  # which makes a session's state of the first value
@@ -37,14 +38,20 @@ class Turns:
 
     def shown(self, values: Generator[Any, None, None]) -> Generator[Any, None, None]:
         """What a handler yields, until something else begins. It is closed then, and lets go of the model."""
-        number = self.begin()
-        with closing(values):
-            for value in chain([gr.skip()], values):  # nothing is computed for who is not the last of those who wait
-                yield value
-                if self.last != number:
-                    break
-            else:
-                return
+        number = self.coming = self.begin()
+        try:
+            with closing(values):
+                # At first nothing: it is computed only for who is the last of those who wait.
+                for i, value in enumerate(chain([gr.skip()], values)):
+                    if i:
+                        self.coming = 0
+                    yield value
+                    if self.last != number:
+                        break
+                else:
+                    return
+        finally:
+            self.coming = 0 if self.coming == number else self.coming
         yield gr.skip()  # Gradio sends what came last once more
 
 

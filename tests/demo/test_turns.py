@@ -74,6 +74,34 @@ def test_a_failure_is_passed_on_and_ends_nothing_else():
     assert list(turns.shown(counting([]))) == [gr.skip(), 0, 1, 2]
 
 
+def test_a_request_is_coming_until_it_has_something_to_show():
+    def failing():
+        raise ValueError("broken")
+        yield
+
+    turns = Turns()
+    first, second = turns.shown(counting([])), turns.shown(counting([]))
+    assert not turns.coming
+    next(first)
+    assert turns.coming == 1
+    next(second)
+    list(first)  # which ends, while the other one is still to come
+    assert turns.coming == 2
+    next(second)
+    assert not turns.coming
+    broken = turns.shown(failing())
+    next(broken)
+    assert turns.coming
+    with pytest.raises(ValueError, match="broken"):
+        next(broken)
+    assert not turns.coming
+    left = turns.shown(counting([]))
+    next(left)
+    assert turns.coming
+    left.close()
+    assert not turns.coming
+
+
 def test_visitors_do_not_end_each_others():
     turns = Turns()
     other = copy.deepcopy(turns)  # as Gradio makes a session's state
