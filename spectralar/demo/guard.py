@@ -6,7 +6,6 @@ to the visitor.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import traceback
@@ -14,11 +13,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import gradio as gr
-from fastapi import FastAPI
-from fastapi.routing import APIRoute
 
 from .errors import user_error
-from .turns import one_at_a_time
+from .turns import check_logins_in_order, one_at_a_time
 
 logger = logging.getLogger(__name__)
 
@@ -57,20 +54,6 @@ class GuardedBlocks(gr.Blocks):
         except Exception as error:
             note(getattr(block_fn, "api_name", "a function"), error)
             raise user_error("this did not work: please reload the page and try again.") from None
-
-
-def check_logins_in_order(app: FastAPI) -> None:
-    """Gradio has a thread look at who sent a request; on a busy machine a later click comes out of it first."""
-    config = (route for route in app.routes if isinstance(route, APIRoute) and route.path == "/config")
-    check = next((each.dependency for route in config for each in route.dependencies), None)  # that of all routes
-    if check is None or inspect.iscoroutinefunction(check):  # as another version of Gradio may have it
-        return
-
-    async def check_at_once(**given: Any) -> None:
-        check(**given)
-
-    check_at_once.__signature__ = inspect.signature(check)
-    app.dependency_overrides[check] = check_at_once
 
 
 class Guard:

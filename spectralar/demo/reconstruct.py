@@ -202,7 +202,6 @@ def _add_endpoints(model: Model) -> None:
         num_tokens = gr.Number(n, label="num_tokens", info=f"1 to {n}")
         output, numbers = PictureOutput(label="reconstruction", format="png"), gr.JSON(label="numbers")
         gr.Button(visible=False).click(
-            reconstruct, [image, num_tokens], [output, numbers], api_name="reconstruct",
-            **TOKENIZER,
+            reconstruct, [image, num_tokens], [output, numbers], api_name="reconstruct", **TOKENIZER
         )  # fmt: skip
     gr.api(decode, api_name="decode", **TOKENIZER)

@@ -291,9 +291,7 @@ def _add_endpoints(model: Model) -> None:
         a, b = PhotoInput(label="image_a"), PhotoInput(label="image_b")
         outputs = [PictureOutput(label="picture", format="png"), gr.JSON(label="numbers")]
         tokens = gr.Number(n // 2, label="num_tokens")
-        gr.Button(visible=False).click(
-            mix, [a, b, tokens], outputs, api_name="mix", **TOKENIZER
-        )  # fmt: skip
+        gr.Button(visible=False).click(mix, [a, b, tokens], outputs, api_name="mix", **TOKENIZER)
         label = gr.Textbox(model.class_names[model.examples[0]], label="class_label")
         count, seed = gr.Number(VARIATIONS, label="count"), gr.Number(0, label="seed")
         scale = gr.Number(model.guidance_scale, label="guidance_scale")

@@ -212,6 +212,15 @@ def test_tokens_and_codes_chosen_in_haste(tab, slow, own_photo):
     expect(tab.locator(f"{VIEW} .status")).to_contain_text("3 of 24 codes replaced", timeout=PATIENCE)
 
 
+def test_a_token_of_an_image_that_is_taken_away(tab, slow, own_photo):
+    with slow(tab, "choose") as waiting:
+        tab.locator(f"{VIEW} .chip").nth(2).click()
+        wait_until(lambda: waiting)
+        take_away(tab)
+        expect(tab.locator(f"{VIEW} canvas")).to_have_count(0, timeout=PATIENCE)
+    expect(tab.get_by_text("Choose an image first.")).to_be_visible(timeout=PATIENCE)
+
+
 def test_a_code_replaced_while_charts_are_drawn(tab, originals, own_photo, monkeypatch):
     go_on, measure = threading.Event(), reconstruction.baselines
     monkeypatch.setattr(reconstruction, "baselines", lambda *args: go_on.wait(60) and measure(*args))

@@ -196,7 +196,7 @@ def test_prefetch_is_a_step_ahead_and_follows_jumps():
         assert fetch(step) == [step]
     assert fetch(10) is fetch(10)
     fetch(11)
-    assert loaded[:6] == [3, 4, 5, 9, 10, 11]  # then 12, or not yet
+    assert loaded[:6] == [3, 4, 5, 9, 10, 11] and loaded[6:] in ([], [12])  # which may have begun
 
 
 def test_what_a_load_raises_comes_when_its_step_does():
